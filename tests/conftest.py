@@ -1,0 +1,42 @@
+"""Shared fixtures: a fixed seed, NaN-poisoned memory, and slow tests only on request."""
+
+import os
+
+import pytest
+import torch
+
+_REAL_EMPTY = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out `slow` unless it is asked for by `-m` or RUN_SLOW=1, and `cuda` where there is no GPU."""
+    run_slow = bool(config.getoption("-m")) or os.environ.get("RUN_SLOW") == "1"
+    for item in items:
+        if item.get_closest_marker("slow") and not run_slow:
+            item.add_marker(pytest.mark.skip(reason="slow: RUN_SLOW=1 runs it"))
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory is NaN, so that an element nobody wrote cannot pass for a zero."""
+
+    def poisoned(name: str):
+        real = _REAL_EMPTY[name]
+
+        def allocate(*args, **kwargs):
+            out = real(*args, **kwargs)
+            if out.is_floating_point() and out.device.type != "meta" and type(out) is torch.Tensor:
+                out.fill_(float("nan"))
+            return out
+
+        return allocate
+
+    for name in _REAL_EMPTY:
+        monkeypatch.setattr(torch, name, poisoned(name))
