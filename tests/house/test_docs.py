@@ -1,0 +1,115 @@
+"""The documentation points at things that exist: links, decisions, and the map in docs/architecture.md."""
+
+import re
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from tests.house.tree import PACKAGE, ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+STATUS = "proposed|accepted|rejected|superseded by [0-9]{3}"
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^( *)```.*?^\1```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_no_dead_relative_link(page):
+    text = without_code(page.read_text(encoding="utf-8"))
+    targets = re.findall(r"\]\(\s*<?([^)\s>]+)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+    relative = [target for target in targets if not re.match(r"[a-z]+:|#", target)]
+    dead = [target for target in relative if not (page.parent / target.partition("#")[0]).exists()]
+    assert dead == []
+
+
+def test_decisions_are_numbered_without_gaps():
+    assert [path.name[:3] for path in DECISIONS] == [f"{number:03}" for number in range(1, len(DECISIONS) + 1)]
+
+
+@pytest.mark.parametrize("decision", DECISIONS, ids=lambda decision: decision.stem)
+def test_decision_has_title_date_and_status(decision):
+    text = decision.read_text(encoding="utf-8")
+    assert re.fullmatch(r"[0-9]{3}(-[a-z0-9]+)+\.md", decision.name)
+    assert text.startswith(f"# {decision.name[:3]}: ")
+    assert re.search(rf"^Date: 20\d\d-\d\d-\d\d\. Status: ({STATUS})\.$", text, flags=re.MULTILINE)
+
+
+def code_block(heading: str) -> list[str]:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    match = re.search(rf"^## {heading}.*?^```\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    assert match, f"docs/architecture.md draws no {heading.lower()}"
+    return match[1].splitlines()
+
+
+def test_layers_of_the_page_are_the_layers_that_are_checked():
+    drawn = [re.findall(r"\w+", re.split(r"  +\(", line)[0]) for line in code_block("Layers")]
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = next(c for c in config["tool"]["importlinter"]["contracts"] if c["type"] == "layers")["layers"]
+    assert [re.findall(r"\w+", layer) for layer in layers] == drawn
+
+
+def drawn_tree() -> tuple[set[str], set[str]]:
+    """What the page draws below `dualscan/`, as (there, planned): paths and patterns, folders with a closing slash.
+
+    A line is indented below its folder and begins with one or more names. A folder's line may go on to name the `.py` files in it.
+    A name in parentheses is planned.
+    """
+    there: set[str] = set()
+    planned: set[str] = set()
+    open_folders: list[tuple[int, str]] = []
+    lines = code_block("Tree")
+    end = next(i for i, line in enumerate(lines) if i and not line.startswith(" "))
+    for line in lines[1:end]:
+        indent = len(line) - len(line.lstrip())
+        while open_folders and open_folders[-1][0] >= indent:
+            open_folders.pop()
+        above = "".join(name for _, name in open_folders)
+        leading = re.match(r"((\(?[\w*]+(/|\.py)\)?)\s*)+", line.strip())
+        assert leading, line
+        names = leading[0].split()
+        if names[0].strip("()").endswith("/"):
+            folders = [name for name in names if name.strip("()").endswith("/")]
+            inside = [names[0].strip("()") + name for name in re.findall(r"\(?[\w*]+\.py\)?", line)]
+            inside = [f"({name.replace('(', '')}" if name.endswith(")") else name for name in inside]
+            names = folders + inside
+            open_folders.append((indent, names[0].strip("()")))
+        for name in names:
+            (planned if name.startswith("(") else there).add(above + name.strip("()"))
+    return there, planned
+
+
+def exists(pattern: str) -> bool:
+    return any(path.is_dir() == pattern.endswith("/") for path in PACKAGE.glob(pattern.rstrip("/")))
+
+
+def test_tree_of_the_page_is_the_tree_on_disk():
+    there, planned = drawn_tree()
+    assert there
+    assert {name for name in there if not exists(name)} == set(), (
+        "drawn as existing, but absent: write it or put it in parentheses"
+    )
+    assert {name for name in planned if exists(name)} == set(), "exists by now: take it out of the parentheses"
+
+
+def undrawn(path: Path, there: set[str]) -> bool:
+    name = path.relative_to(PACKAGE).as_posix()
+    if path.name.startswith("__"):
+        return False
+    if path.is_dir():
+        return f"{name}/" not in there
+    # A folder whose line names no file is described by its anatomy instead.
+    folder = name.rpartition("/")[0]
+    listed = [entry for entry in there if entry.endswith(".py") and entry.rpartition("/")[0] == folder]
+    return bool(listed) and not any(fnmatch(name, entry) for entry in listed)
+
+
+def test_everything_on_disk_is_in_the_tree_of_the_page():
+    there, _ = drawn_tree()
+    folders = [path for path in PACKAGE.rglob("*/") if "__pycache__" not in path.parts]
+    paths = [path for path in [*folders, *PACKAGE.rglob("*.py")] if path != PACKAGE]
+    assert sorted(path.relative_to(PACKAGE).as_posix() for path in paths if undrawn(path, there)) == []
