@@ -1,0 +1,1 @@
+"""Training: configuration, optimizer, schedule, checkpoints, metrics and the loop that joins them."""
