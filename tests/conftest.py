@@ -1,6 +1,12 @@
-"""Shared fixtures: a fixed seed, NaN-poisoned memory, and slow tests only on request."""
+"""Shared fixtures: a fixed seed, NaN-poisoned memory, one thread a process, and slow tests only on request."""
 
 import os
+
+# Before torch is imported, and inherited by what the tests start: several test processes share the cores, and every
+# machine adds in the same order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing is fetched while testing.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch

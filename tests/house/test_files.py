@@ -8,7 +8,7 @@ from packaging.utils import canonicalize_name
 
 from tests.house.tree import ROOT, tracked_files
 
-# A folder at the root of somebody's disk. (A path inside an address or a module is preceded by a word character or a dot.)
+# A folder at the root of somebody's disk. Inside a web address or a relative path, a letter or a dot stands before it.
 MACHINE_PATH = re.compile(r"(?<![\w.~-])(?:/(?:home|Users|root|work|opt|mnt|scratch|tmp)/\w|[A-Z]:\\\\?Users)")
 
 

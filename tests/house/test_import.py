@@ -1,4 +1,4 @@
-"""`import dualscan` is light, its names load no optional package, and the layers below `parallel` are single-device code."""
+"""`import dualscan` is light, its names load no optional package, and operators and models are single-device code."""
 
 import ast
 import json
@@ -21,7 +21,8 @@ import torch
 before, start = set(sys.modules), time.process_time()
 {statements}
 seconds = time.process_time() - start
-print(json.dumps({{"seconds": seconds, "loaded": sorted({{name.partition(".")[0] for name in set(sys.modules) - before}})}}))
+loaded = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print(json.dumps({{"seconds": seconds, "loaded": sorted(loaded)}}))
 """
 
 
@@ -75,9 +76,8 @@ def imported(path: Path) -> set[str]:
 
 def test_operators_and_models_know_nothing_of_other_devices():
     # An operator's sharding rule, in its library.py, is the one exception.
-    checked = [
-        path for path in python_files("dualscan/ops", "dualscan/nn", "dualscan/models") if path.name != "library.py"
-    ]
+    lower = python_files("dualscan/ops", "dualscan/nn", "dualscan/models")
+    checked = [path for path in lower if path.name != "library.py"]
     users = [path for path in checked if any(name.startswith("torch.distributed") for name in imported(path))]
     assert checked
     assert users == []

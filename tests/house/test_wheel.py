@@ -81,19 +81,19 @@ def test_wheel_carries_the_licence(contents):
 
 
 def test_training_step_from_the_installed_wheel(wheel, tmp_path):
-    """Isolated: dualscan itself, installed from the wheel into an environment of its own, run with `-I` outside the checkout.
+    """Trains in an environment of its own, outside the checkout.
 
-    Shared: the packages it depends on, through a path file. Python does not read the path files of a folder that it got from
-    a path file, so an editable install of the checkout beside those packages stays out of sight.
+    Isolated: dualscan itself, installed from the wheel, with an interpreter (`-I`) that looks neither at the working
+    directory nor at the user's packages. Shared: the packages that it depends on, through a path file. Python does not
+    read the path files of a folder that it got from a path file, so an editable checkout there stays out of sight.
     """
     home = tmp_path / "environment"
     venv.create(home, with_pip=False, symlinks=os.name != "nt")
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     site = Path(run(python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     # pip installs before the path file exists, so that it does not see what the shared packages hold.
-    run(
-        sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index", "--no-deps", wheel, cwd=tmp_path
-    )
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel, cwd=tmp_path)
     shared = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (site / "shared.pth").write_text("\n".join(sorted(shared)), encoding="utf-8")
 
