@@ -1,7 +1,8 @@
 """Which implementation of an operator runs: one capability check and one error text for all of them.
 
-An operator names its implementations in one `Operator` value. `impl="auto"` takes the first of `preference` that can run on the
-device; an explicit `impl` is honoured or raises. A slow path that `auto` takes on a GPU is announced once, with the reason.
+An operator names its implementations in one `Operator` value. `impl="auto"` takes the first of `preference` that can
+run on the device; an explicit `impl` is honoured or raises. A slow path that `auto` takes on a GPU is announced once,
+with the reason.
 """
 
 import warnings

@@ -1,8 +1,11 @@
 """Packed sequences: everything that reads `cu_seqlens`.
 
-A packed batch holds several sequences one after the other along the time dimension of a batch of one. `cu_seqlens` holds the
+A packed batch holds several sequences one after the other along the time dimension of a batch of one. `cu_seqlens`
+holds the
 boundaries: sequence `i` is `[cu_seqlens[i], cu_seqlens[i + 1])`. Length-0 and length-1 sequences are allowed.
 """
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -25,7 +28,9 @@ def validate_cu_seqlens(cu_seqlens: Tensor, *, batch: int, seqlen: int, device: 
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name}: cu_seqlens must be an int32 tensor, got {type(cu_seqlens).__name__}.")
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{name}: cu_seqlens has dtype {cu_seqlens.dtype}; use torch.int32 (cu_seqlens.to(torch.int32)).")
+        raise TypeError(
+            f"{name}: cu_seqlens has dtype {cu_seqlens.dtype}; use torch.int32 (cu_seqlens.to(torch.int32))."
+        )
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (nseq + 1,).")
     if cu_seqlens.device != device:
@@ -38,7 +43,7 @@ def validate_cu_seqlens(cu_seqlens: Tensor, *, batch: int, seqlen: int, device: 
             raise ValueError(
                 f"{name}: cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must run from 0 to seqlen={seqlen}."
             )
-        for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for i, (start, end) in enumerate(itertools.pairwise(bounds)):
             if end < start:
                 raise ValueError(
                     f"{name}: cu_seqlens must not decrease, but cu_seqlens[{i}]={start} > cu_seqlens[{i + 1}]={end}; sort it."
@@ -50,7 +55,7 @@ def sequence_spans(cu_seqlens: Tensor | None, seqlen: int) -> list[tuple[int, in
     if cu_seqlens is None:
         return [(0, seqlen)]
     bounds = cu_seqlens.tolist()
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(itertools.pairwise(bounds))
 
 
 def common_length(spans: list[tuple[int, int]]) -> int | None:

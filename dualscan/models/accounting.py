@@ -1,0 +1,184 @@
+"""What a model costs: parameters, FLOPs, and bytes of state, from the configuration alone.
+
+Conventions: a multiply-add is 2 FLOPs; a matrix product counts, elementwise work does not (it is bound by memory, not
+arithmetic). With d = d_model, e = d_inner, N = d_state, P = headdim, H = nheads, G = ngroups, W = d_conv, Q = chunk, V
+= padded vocabulary, one Mamba-2 layer has
+
+    in_proj  d (2e + 2GN + H)        conv  (e + 2GN)(W + 1)        A_log, dt_bias, D  3H        norm  e        out_proj
+    e d
+
+parameters and, beside its pre-norm's d, nothing else. A token costs 2 FLOPs a weight of the two projections, 2 W a
+channel of the convolution, and SSD's 2 (G Q N + H Q P + 2 H P N) in the chunked form (section 6 of arXiv 2405.21060) or
+2 · 2 H P N in a one-token step (update and read of the state).
+"""
+
+from dataclasses import dataclass
+
+from dualscan.models.config import ModelConfig
+from dualscan.nn.attention import Attention
+from dualscan.nn.mlp import MLP
+from dualscan.ops.ssd.chunked import DEFAULT_CHUNK_SIZE
+from dualscan.ops.ssd.library import backward_flops, forward_flops
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameters:
+    """Parameter counts of a model.
+
+    Attributes:
+        embedding: the embedding, padding rows included.
+        layers: all residual blocks with their norms.
+        head: final norm, and the output projection where it is not tied.
+    """
+
+    embedding: int
+    layers: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.embedding + self.layers + self.head
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """Counts parameters without building the model.
+
+    Args:
+        config: the model.
+
+    Returns:
+        `Parameters`.
+
+    Example:
+        >>> from dualscan.models.presets import preset
+        >>> round(parameters(preset("mamba2_130m")).total / 1e6, 1)
+        129.0
+    """
+    embedding = config.padded_vocab_size * config.d_model
+    layers = sum(config.d_model + _mixer_parameters(config, kind) for kind in config.layer_types)
+    return Parameters(
+        embedding=embedding, layers=layers, head=config.d_model + (0 if config.tie_embeddings else embedding)
+    )
+
+
+def forward_flops_per_sequence(config: ModelConfig, seqlen: int, *, batch: int = 1, logits: int | None = None) -> int:
+    """FLOPs of a forward pass (prefill) over `batch` sequences.
+
+    Args:
+        config: the model.
+        seqlen: tokens a sequence.
+        batch: sequences.
+        logits: positions whose logits are computed; None is all of them.
+
+    Returns:
+        FLOPs. Attention adds 2 · 2 · (seqlen / 2) · d for the causal half of its two products.
+    """
+    total = 0
+    for kind in config.layer_types:
+        total += 2 * _matrix_weights(config, kind) * batch * seqlen
+        if kind == "mamba2":
+            total += _conv_flops(config, batch * seqlen) + forward_flops(*_ssd_sizes(config, batch, seqlen))
+        elif kind == "attention":
+            total += 2 * batch * seqlen * seqlen * _attention_width(config)
+    positions = seqlen if logits is None else logits
+    return total + 2 * batch * positions * config.padded_vocab_size * config.d_model
+
+
+def training_flops_per_sequence(config: ModelConfig, seqlen: int, *, batch: int = 1) -> int:
+    """FLOPs of a forward and a backward pass.
+
+    Args:
+        config: the model.
+        seqlen: tokens a sequence.
+        batch: sequences.
+
+    Returns:
+        FLOPs: every matrix product once forward and twice backward, SSD by its own backward formula (it rebuilds
+            states).
+    """
+    total = 3 * forward_flops_per_sequence(config, seqlen, batch=batch)
+    ssd_layers = config.layer_types.count("mamba2")
+    sizes = _ssd_sizes(config, batch, seqlen)
+    return total + ssd_layers * (backward_flops(*sizes) - 2 * forward_flops(*sizes))
+
+
+def step_flops(config: ModelConfig, *, context: int = 0, batch: int = 1) -> int:
+    """FLOPs of generating one token for each of `batch` sequences.
+
+    Args:
+        config: the model.
+        context: tokens before it; only attention layers notice.
+        batch: sequences.
+
+    Returns:
+        FLOPs: 2 a weight, 4 a state element, 4 a cached key element.
+    """
+    total = 0
+    for kind in config.layer_types:
+        total += 2 * _matrix_weights(config, kind)
+        if kind == "mamba2":
+            total += _conv_flops(config, 1) + 4 * config.d_inner * config.d_state
+        elif kind == "attention":
+            total += 4 * (context + 1) * _attention_width(config)
+    return batch * (total + 2 * config.padded_vocab_size * config.d_model)
+
+
+def state_bytes(config: ModelConfig, *, batch: int = 1, context: int = 0, activation_bytes: int = 4) -> int:
+    """Bytes of the state that generation carries.
+
+    Args:
+        config: the model.
+        batch: sequences.
+        context: tokens before; Mamba-2's state does not grow with it, attention's cache does.
+        activation_bytes: bytes of an activation: 4 in float32, 2 in bfloat16. SSD states are float32 always.
+
+    Returns:
+        Bytes: a Mamba-2 layer keeps 4 e N for SSD and (e + 2GN)(W - 1) inputs of the convolution.
+    """
+    total = 0
+    for kind in config.layer_types:
+        if kind == "mamba2":
+            total += 4 * config.d_inner * config.d_state
+            total += activation_bytes * _conv_channels(config) * (config.d_conv - 1)
+        elif kind == "attention":
+            total += 2 * activation_bytes * context * _kv_width(config)
+    return batch * total
+
+
+def _mixer_parameters(config: ModelConfig, kind: str) -> int:
+    matrices = _matrix_weights(config, kind)
+    if kind != "mamba2":
+        return matrices
+    return matrices + _conv_channels(config) * (config.d_conv + 1) + 3 * config.nheads + config.d_inner
+
+
+def _matrix_weights(config: ModelConfig, kind: str) -> int:
+    if kind == "mamba2":
+        in_proj = config.d_model * (config.d_inner + _conv_channels(config) + config.nheads)
+        return in_proj + config.d_inner * config.d_model
+    if kind == "attention":
+        return 2 * config.d_model * (_attention_width(config) + _kv_width(config))
+    return 3 * config.d_model * (config.d_mlp or MLP.default_hidden(config.d_model))
+
+
+def _ssd_sizes(config: ModelConfig, batch: int, seqlen: int) -> tuple[int, int, int, int, int, int, int]:
+    chunk = config.chunk_size or DEFAULT_CHUNK_SIZE
+    return batch, seqlen, config.nheads, config.headdim, config.ngroups, config.d_state, chunk
+
+
+def _conv_flops(config: ModelConfig, tokens: int) -> int:
+    return 2 * tokens * _conv_channels(config) * config.d_conv
+
+
+def _conv_channels(config: ModelConfig) -> int:
+    return config.d_inner + 2 * config.ngroups * config.d_state
+
+
+def _attention_width(config: ModelConfig) -> int:
+    return config.attention_heads * Attention.default_head_dim(config.d_model, config.attention_heads)
+
+
+def _kv_width(config: ModelConfig) -> int:
+    heads = config.n_kv_heads or config.attention_heads
+    return heads * Attention.default_head_dim(config.d_model, config.attention_heads)

@@ -1,0 +1,143 @@
+"""What a model is: one frozen, validated configuration."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dualscan.nn.mamba2 import check_sizes
+
+LAYER_TYPES = {"M": "mamba2", "*": "attention", "-": "mlp"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Sizes and layout of a `MambaLM`.
+
+    Attributes:
+        d_model: width of the residual stream.
+        pattern: one letter a layer: M Mamba-2, * attention, - MLP. "M" * 24 is a pure Mamba-2 model, "MMM*MM-" a
+            hybrid.
+        vocab_size: tokens of the vocabulary.
+        vocab_multiple: the embedding is padded to a multiple of this many rows.
+        d_state: N, state size per channel of Mamba-2.
+        headdim: P, channels per head of Mamba-2.
+        expand: d_inner / d_model.
+        ngroups: groups of heads that share B and C.
+        d_conv: width of the causal convolution.
+        dt_limit: clamp of Δ after softplus.
+        chunk_size: tokens a chunk of SSD; None takes the operator's default.
+        n_heads: attention heads; None takes d_model / 64, at least 1.
+        n_kv_heads: key and value heads of grouped-query attention; None takes n_heads.
+        rope_theta: base of rotary position embedding; None uses no positions.
+        d_mlp: hidden width of the MLP; None takes its default.
+        norm_eps: epsilon of every norm.
+        norm_before_gate: order of norm and gate in Mamba-2.
+        tie_embeddings: the output projection is the embedding.
+        embedding_std: standard deviation of the embedding at initialisation.
+
+    Raises:
+        ValueError: sizes that do not divide, an unknown layer letter, a size below 1.
+
+    Example:
+        >>> ModelConfig(d_model=64, pattern="MM*-", vocab_size=256, headdim=32, d_state=16).layer_types
+        ('mamba2', 'mamba2', 'attention', 'mlp')
+    """
+
+    d_model: int
+    pattern: str
+    vocab_size: int
+    vocab_multiple: int = 16
+    d_state: int = 128
+    headdim: int = 64
+    expand: int = 2
+    ngroups: int = 1
+    d_conv: int = 4
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    chunk_size: int | None = None
+    n_heads: int | None = None
+    n_kv_heads: int | None = None
+    rope_theta: float | None = None
+    d_mlp: int | None = None
+    norm_eps: float = 1e-5
+    norm_before_gate: bool = False
+    tie_embeddings: bool = True
+    embedding_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "vocab_size", "vocab_multiple", "d_state", "headdim", "expand", "ngroups", "d_conv"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not self.pattern:
+            raise ValueError("pattern='' has no layers; use one letter a layer, such as 'MMMM'.")
+        for letter in self.pattern:
+            if letter not in LAYER_TYPES:
+                known = ", ".join(f"{key} {name}" for key, name in LAYER_TYPES.items())
+                raise ValueError(f"pattern={self.pattern!r} has the unknown layer {letter!r}; the letters are {known}.")
+        if "M" in self.pattern:
+            check_sizes(d_model=self.d_model, expand=self.expand, headdim=self.headdim, ngroups=self.ngroups)
+
+    @property
+    def n_layers(self) -> int:
+        """Layers, counting every letter of the pattern."""
+        return len(self.pattern)
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """The pattern in words."""
+        return tuple(LAYER_TYPES[letter] for letter in self.pattern)
+
+    @property
+    def d_inner(self) -> int:
+        """Channels inside Mamba-2: expand * d_model."""
+        return self.expand * self.d_model
+
+    @property
+    def nheads(self) -> int:
+        """Heads of Mamba-2: d_inner / headdim."""
+        return self.d_inner // self.headdim
+
+    @property
+    def attention_heads(self) -> int:
+        """Heads of an attention layer."""
+        return self.n_heads or max(1, self.d_model // 64)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding, and width of the logits."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; an infinite dt_limit becomes None."""
+        values = dataclasses.asdict(self)
+        values["dt_limit"] = [None if math.isinf(v) else v for v in self.dt_limit]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """The inverse of `to_dict`.
+
+        Args:
+            values: field names and values, as read from JSON.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: an unknown or a missing field.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in fields:
+                close = difflib.get_close_matches(name, fields, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; the fields are {', '.join(fields)}."
+                raise ValueError(f"unknown model setting {name!r}{hint}")
+        for name in ("d_model", "pattern", "vocab_size"):
+            if name not in values:
+                raise ValueError(f"the model configuration has no {name!r}; it needs d_model, pattern and vocab_size.")
+        values = dict(values)
+        if "dt_limit" in values:
+            values["dt_limit"] = tuple(math.inf if v is None else float(v) for v in values["dt_limit"])
+        return cls(**values)

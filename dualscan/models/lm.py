@@ -1,0 +1,174 @@
+"""The language model: embedding, a pattern of residual blocks, final norm, output projection."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualscan.models.config import ModelConfig
+from dualscan.nn import init
+from dualscan.nn.attention import Attention
+from dualscan.nn.block import Block
+from dualscan.nn.mamba2 import Mamba2
+from dualscan.nn.mlp import MLP
+from dualscan.nn.norm import RMSNorm
+from dualscan.nn.precision import project
+
+if TYPE_CHECKING:
+    from dualscan.generate.engine import GenerateOutput
+
+
+class LMOutput(NamedTuple):
+    """What a `MambaLM` returns.
+
+    Attributes:
+        logits: `(batch, seqlen, padded_vocab_size)`; columns from `vocab_size` on are padding.
+        state: one entry a layer; goes into the next call to continue the sequence.
+    """
+
+    logits: Tensor
+    state: tuple[Any, ...]
+
+
+class MambaLM(nn.Module):
+    """A causal language model with the layers that `config.pattern` names.
+
+    Args:
+        config: sizes and layout.
+
+    Example:
+        >>> from dualscan.models.presets import preset
+        >>> model = MambaLM(preset("tiny"))
+        >>> tokens = torch.randint(256, (1, 12))
+        >>> logits, state = model(tokens)
+        >>> first, state = model(tokens[:, :8])
+        >>> torch.allclose(model(tokens[:, 8:], state=state).logits, logits[:, 8:], atol=1e-4)
+        True
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.layers = nn.ModuleList(
+            Block(config.d_model, _mixer(config, kind), norm_eps=config.norm_eps) for kind in config.layer_types
+        )
+        self.norm_f = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.lm_head = None
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """The paper's recipe: embeddings N(0, 0.02), zero biases, last maps of the branches scaled by 1/√n_layers."""
+        nn.init.normal_(self.embedding.weight, std=self.config.embedding_std)
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.layers:
+            init.scale_residual_projection(block.mixer.out_proj, self.config.n_layers)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        state: tuple[Any, ...] | None = None,
+        cu_seqlens: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> LMOutput:
+        """Logits of the next token, and the state after the last one.
+
+        Args:
+            tokens: `(batch, seqlen)` int64.
+            state: of a previous call, or None at the start; not modified.
+            cu_seqlens: `(nseq + 1,)` int32 boundaries of sequences packed along time; batch must be 1.
+            logits_to_keep: computes only the last so many positions' logits; 0 computes all.
+
+        Returns:
+            `LMOutput(logits, state)`.
+
+        Raises:
+            ValueError: tokens of a wrong rank, or a state of another model.
+            TypeError: tokens that are not integers.
+        """
+        hidden, state = self.hidden_states(tokens, state=state, cu_seqlens=cu_seqlens)
+        if logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        return LMOutput(project(hidden, self.output_weight), state)
+
+    def hidden_states(
+        self, tokens: Tensor, *, state: tuple[Any, ...] | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """The normalised hidden states `(batch, seqlen, d_model)` before the output projection, and the state."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected (batch, seqlen).")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"tokens have dtype {tokens.dtype}; use torch.int64.")
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(f"the state has {len(state)} layers, the model {len(self.layers)}; use its own state.")
+        h = self.embedding(tokens)
+        if h.dtype in (torch.bfloat16, torch.float16):
+            h = h.float()
+        states = []
+        for i, block in enumerate(self.layers):
+            h, layer_state = block(h, None if state is None else state[i], cu_seqlens)
+            states.append(layer_state)
+        return self.norm_f(h).to(self.output_weight.dtype), tuple(states)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """`(padded_vocab_size, d_model)`: the output projection, the embedding itself if tied."""
+        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+
+    def loss(
+        self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None, ignore_index: int = -100
+    ) -> Tensor:
+        """Mean cross-entropy in nats of the targets, computed in float32.
+
+        Args:
+            tokens: `(batch, seqlen)` int64 inputs.
+            targets: `(batch, seqlen)` int64, the token after each input; `ignore_index` leaves a position out.
+            cu_seqlens: as in `forward`.
+            ignore_index: the target that does not count.
+
+        Returns:
+            A scalar.
+        """
+        logits = self(tokens, cu_seqlens=cu_seqlens).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index)
+
+    def generate(self, tokens: Tensor, **options: Any) -> "GenerateOutput":
+        """Continues prompts; see `dualscan.generate.engine.generate` for the options."""
+        from dualscan.generate.engine import generate
+
+        return generate(self, tokens, **options)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `model.safetensors` and `config.json` into a folder; see `dualscan.models.weights.save`."""
+        from dualscan.models.weights import save
+
+        save(self, folder)
+
+
+def _mixer(config: ModelConfig, kind: str) -> nn.Module:
+    if kind == "mamba2":
+        return Mamba2(
+            config.d_model,
+            d_state=config.d_state,
+            headdim=config.headdim,
+            expand=config.expand,
+            ngroups=config.ngroups,
+            d_conv=config.d_conv,
+            dt_limit=config.dt_limit,
+            chunk_size=config.chunk_size,
+            norm_eps=config.norm_eps,
+            norm_before_gate=config.norm_before_gate,
+        )
+    if kind == "attention":
+        return Attention(
+            config.d_model, config.attention_heads, n_kv_heads=config.n_kv_heads, rope_theta=config.rope_theta
+        )
+    return MLP(config.d_model, config.d_mlp)

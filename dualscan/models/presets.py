@@ -1,0 +1,54 @@
+"""Named sizes: the published Mamba-2 models and small ones for a CPU."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from dualscan.models.config import ModelConfig
+
+# GPT-NeoX vocabulary of the published models, padded to 50288 rows.
+_NEOX = 50277
+_BYTES = 257
+
+
+def _published(d_model: int, n_layers: int) -> ModelConfig:
+    return ModelConfig(d_model=d_model, pattern="M" * n_layers, vocab_size=_NEOX)
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "mamba2_130m": _published(768, 24),
+    "mamba2_370m": _published(1024, 48),
+    "mamba2_780m": _published(1536, 48),
+    "mamba2_1_3b": _published(2048, 48),
+    "mamba2_2_7b": _published(2560, 64),
+    # Byte-level models that a laptop trains; "demo" is what `make demo` trains, "tiny" what the tests use.
+    "tiny": ModelConfig(d_model=32, pattern="MM", vocab_size=_BYTES, d_state=16, headdim=16),
+    "demo": ModelConfig(d_model=192, pattern="MMMM", vocab_size=_BYTES, d_state=32, headdim=64),
+    "small": ModelConfig(d_model=384, pattern="M" * 8, vocab_size=_BYTES, d_state=64, headdim=64),
+    "small_hybrid": ModelConfig(d_model=256, pattern="MMM*MMM-", vocab_size=_BYTES, d_state=64, headdim=64),
+    "small_transformer": ModelConfig(d_model=256, pattern="*-*-*-*-", vocab_size=_BYTES, rope_theta=10000.0, n_heads=4),
+}
+
+
+def preset(name: str, **overrides: Any) -> ModelConfig:
+    """The configuration of a named size.
+
+    Args:
+        name: one of `PRESETS`.
+        **overrides: fields of `ModelConfig` to change, such as `vocab_size=32000`.
+
+    Returns:
+        A `ModelConfig`.
+
+    Raises:
+        ValueError: an unknown name or field; lists what exists.
+
+    Example:
+        >>> preset("mamba2_130m").padded_vocab_size
+        50288
+    """
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}.{hint}")
+    return ModelConfig.from_dict({**dataclasses.asdict(PRESETS[name]), **overrides})

@@ -1,0 +1,33 @@
+"""The residual block around any mixer, and the table of mixers that a layer pattern names."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualscan.nn.norm import RMSNorm
+
+
+class Block(nn.Module):
+    """Pre-norm residual: h + mixer(RMSNorm(h)), with the residual stream h in float32.
+
+    Args:
+        d_model: width of the residual stream.
+        mixer: `forward(u, state, cu_seqlens) -> (y, state)`.
+        norm_eps: epsilon of the norm.
+    """
+
+    def __init__(self, d_model: int, mixer: nn.Module, *, norm_eps: float = 1e-5):
+        super().__init__()
+        self.norm = RMSNorm(d_model, eps=norm_eps)
+        self.mixer = mixer
+
+    def forward(self, h: Tensor, state: Any = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Adds the mixer's output to `(batch, seqlen, d_model)` and passes its state on."""
+        y, state = self.mixer(self.norm(h).to(self.compute_dtype), state, cu_seqlens)
+        return h + y, state
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the mixer's matrices; the residual stream itself stays in float32."""
+        return next(p.dtype for p in self.mixer.parameters() if p.ndim == 2)

@@ -1,0 +1,193 @@
+"""The Mamba-2 block (section 7 of arXiv 2405.21060): parallel projections, short convolution, SSD, gated norm."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dualscan.nn import init
+from dualscan.nn.precision import Float32Parameters, project
+from dualscan.ops.conv1d import causal_conv1d
+from dualscan.ops.norm import gated_rms_norm
+from dualscan.ops.ssd import ssd, ssd_step
+
+
+class Mamba2State(NamedTuple):
+    """What a Mamba-2 layer remembers; the same size whatever came before.
+
+    Attributes:
+        conv: `(batch or nseq, d_inner + 2 ngroups d_state, d_conv - 1)`, the last inputs of the convolution.
+        ssm: `(batch or nseq, nheads, headdim, d_state)`, float32.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class GatedRMSNorm(Float32Parameters):
+    """RMSNorm of x · SiLU(z) over groups of channels (the extra norm of section 7.1)."""
+
+    float32_parameters = ("weight",)
+
+    def __init__(self, d: int, *, group_size: int | None = None, eps: float = 1e-5, norm_before_gate: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.group_size, self.eps, self.norm_before_gate = group_size, eps, norm_before_gate
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Normalises `(..., d)` under the gate z of the same shape."""
+        return gated_rms_norm(
+            x, z, self.weight, group_size=self.group_size, norm_before_gate=self.norm_before_gate, eps=self.eps
+        )
+
+
+class Mamba2(Float32Parameters):
+    """Mamba-2 mixer: `(batch, seqlen, d_model)` in and out.
+
+    [z, x, B, C, dt] = in_proj(u);  x, B, C = SiLU(conv(x, B, C));  y = SSD(x, softplus(dt + dt_bias), -exp(A_log), B,
+    C) + D x; out_proj(RMSNorm(y · SiLU(z))). (arXiv 2405.21060, section 7 and figure 6.)
+
+    Args:
+        d_model: width of the residual stream.
+        d_state: N, size of the state per channel.
+        headdim: P, channels per head; must divide `expand * d_model`.
+        expand: d_inner / d_model.
+        ngroups: groups of heads that share B and C; must divide nheads.
+        d_conv: width of the causal convolution, 1 to 8.
+        dt_limit: clamp of Δ after softplus.
+        chunk_size: tokens a chunk of SSD; None takes the operator's default.
+        norm_eps: epsilon of the gated norm.
+        norm_before_gate: normalises before gating instead of after.
+        norm_groups: groups of channels that are normalised separately; None takes `ngroups`.
+        bias: bias on in_proj and out_proj.
+        conv_bias: bias on the convolution.
+
+    Raises:
+        ValueError: sizes that do not divide.
+
+    Example:
+        >>> layer = Mamba2(64, d_state=16, headdim=32)
+        >>> u = torch.randn(2, 10, 64)
+        >>> y, state = layer(u[:, :7])
+        >>> y2, state = layer(u[:, 7:], state)
+        >>> torch.allclose(torch.cat([y, y2], 1), layer(u)[0], atol=1e-5)
+        True
+    """
+
+    float32_parameters = ("A_log", "dt_bias", "D")
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 128,
+        headdim: int = 64,
+        expand: int = 2,
+        ngroups: int = 1,
+        d_conv: int = 4,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        chunk_size: int | None = None,
+        norm_eps: float = 1e-5,
+        norm_before_gate: bool = False,
+        norm_groups: int | None = None,
+        bias: bool = False,
+        conv_bias: bool = True,
+    ):
+        super().__init__()
+        d_inner = expand * d_model
+        check_sizes(d_model=d_model, expand=expand, headdim=headdim, ngroups=ngroups)
+        self.d_model, self.d_inner, self.d_state, self.headdim = d_model, d_inner, d_state, headdim
+        self.nheads, self.ngroups, self.d_conv = d_inner // headdim, ngroups, d_conv
+        self.dt_limit, self.chunk_size = dt_limit, chunk_size
+        conv_dim = d_inner + 2 * ngroups * d_state
+        self.in_proj = nn.Linear(d_model, d_inner + conv_dim + self.nheads, bias=bias)
+        # Holds the weights (channels, 1, d_conv) under the names that published checkpoints use; the operator computes.
+        self.conv1d = nn.Conv1d(conv_dim, conv_dim, d_conv, groups=conv_dim, bias=conv_bias)
+        self.A_log = nn.Parameter(init.decay_rates(self.nheads))
+        self.dt_bias = nn.Parameter(init.step_size_bias(self.nheads))
+        self.D = nn.Parameter(torch.ones(self.nheads))
+        self.norm = GatedRMSNorm(
+            d_inner, group_size=d_inner // (norm_groups or ngroups), eps=norm_eps, norm_before_gate=norm_before_gate
+        )
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
+
+    def forward(
+        self, u: Tensor, state: Mamba2State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Mamba2State]:
+        """Training, prefill, chunked prefill and one-token steps alike.
+
+        Args:
+            u: `(batch, seqlen, d_model)`.
+            state: what a previous call returned, or None for the start of a sequence; not modified.
+            cu_seqlens: `(nseq + 1,)` int32 boundaries of sequences packed along time; batch must be 1.
+
+        Returns:
+            y like u, and the state after the last token (of every packed sequence).
+        """
+        zxbcdt = project(u, self.in_proj.weight, self.in_proj.bias)
+        z, xBC, dt = zxbcdt.split([self.d_inner, self.conv1d.in_channels, self.nheads], dim=-1)
+        xBC, conv_state = causal_conv1d(
+            xBC,
+            self.conv1d.weight.squeeze(1).to(xBC.dtype),
+            None if self.conv1d.bias is None else self.conv1d.bias.to(xBC.dtype),
+            activation="silu",
+            initial_states=None if state is None else state.conv.to(xBC.dtype),
+            cu_seqlens=cu_seqlens,
+        )
+        y, ssm_state = self._mix(xBC, dt, None if state is None else state.ssm, cu_seqlens)
+        y = project(self.norm(y, z), self.out_proj.weight, self.out_proj.bias)
+        return y, Mamba2State(conv_state, ssm_state)
+
+    def _mix(
+        self, xBC: Tensor, dt: Tensor, ssm_state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """SSD over the convolved channels: `(batch, seqlen, d_inner)` and the next state."""
+        batch, seqlen, _ = xBC.shape
+        bc_dim = self.ngroups * self.d_state
+        x, B, C = xBC.split([self.d_inner, bc_dim, bc_dim], dim=-1)
+        shared: dict[str, Any] = {
+            "D": self.D,
+            "dt_bias": self.dt_bias,
+            "dt_softplus": True,
+            "dt_limit": self.dt_limit,
+        }
+        A = -torch.exp(self.A_log)
+        if seqlen == 1 and cu_seqlens is None and ssm_state is not None:
+            heads, groups = (batch, self.nheads, self.headdim), (batch, self.ngroups, self.d_state)
+            y, ssm_state = ssd_step(
+                ssm_state, x.view(heads), dt.view(heads[:2]), A, B.view(groups), C.view(groups), **shared
+            )
+            return y.view(batch, 1, self.d_inner), ssm_state
+        y, ssm_state = ssd(
+            x.unflatten(-1, (self.nheads, self.headdim)),
+            dt,
+            A,
+            B.unflatten(-1, (self.ngroups, self.d_state)),
+            C.unflatten(-1, (self.ngroups, self.d_state)),
+            initial_states=ssm_state,
+            cu_seqlens=cu_seqlens,
+            chunk_size=self.chunk_size,
+            **shared,
+        )
+        return y.flatten(-2), ssm_state
+
+
+def check_sizes(*, d_model: int, expand: int, headdim: int, ngroups: int) -> None:
+    """Checks that headdim divides d_inner and that ngroups divides the heads.
+
+    Raises:
+        ValueError: they do not; the message gives the numbers and a fix.
+    """
+    d_inner = expand * d_model
+    if headdim < 1 or d_inner % headdim:
+        raise ValueError(
+            f"headdim={headdim} does not divide d_inner={d_inner} (= expand {expand} x d_model {d_model}); "
+            f"use a divisor such as {math.gcd(d_inner, 64)}."
+        )
+    nheads = d_inner // headdim
+    if ngroups < 1 or nheads % ngroups:
+        raise ValueError(
+            f"ngroups={ngroups} does not divide nheads={nheads} (= d_inner {d_inner} / headdim {headdim}); "
+            "use 1 or another divisor."
+        )

@@ -1,0 +1,282 @@
+"""Structured state space duality (SSD): the operator of Mamba-2, arXiv 2405.21060.
+
+One core serves two faces. `ssd` is the state space face, with the discretisation Δ, A of section 2; `linear_attention`
+is the attention face of section 5, with C ↔ q, B ↔ k, X ↔ v and any log-decay per token and head.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualscan.ops import _dispatch
+from dualscan.ops.ssd import chunked, library, reference, validate
+
+__all__ = ["SSDOutput", "linear_attention", "ssd", "ssd_step"]
+
+OPERATOR = _dispatch.register(
+    _dispatch.Operator(
+        name="ssd",
+        impls=dict.fromkeys(("chunked", "recurrent", "quadratic"), _dispatch.anywhere),
+        preference=("chunked",),
+    )
+)
+
+
+class SSDOutput(NamedTuple):
+    """What `ssd`, `ssd_step` and `linear_attention` return.
+
+    Attributes:
+        y: output, in the shape and dtype of the input sequence.
+        final_states: `(batch or nseq, nheads, headdim, d_state)`, float32 (float64 for float64 inputs); feeds
+            `initial_states` of the next call.
+    """
+
+    y: Tensor
+    final_states: Tensor
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_states: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+) -> SSDOutput:
+    """Selective state space model with scalar decay per head, over whole sequences.
+
+    H_t = exp(Δ_t A) H_{t-1} + Δ_t x_t ⊗ B_t;  y_t = (H_t C_t + D x_t) · SiLU(z_t), with Δ = clamp(softplus(dt +
+    dt_bias)). (arXiv 2405.21060, equations 1 and 2 with A_t = a_t I; section 6 for the chunked form.)
+
+    Args:
+        x: `(batch, seqlen, nheads, headdim)` inputs X; float32, bfloat16, float16 or float64.
+        dt: `(batch, seqlen, nheads)` step sizes, any floating dtype. After bias, softplus and clamp they should be >=
+            0; 0 makes a token a no-op.
+        A: `(nheads,)` decay rates, negative, float32.
+        B: `(batch, seqlen, ngroups, d_state)` input projections, x's dtype. Head h uses group `h // (nheads //
+            ngroups)`.
+        C: like `B`, output projections.
+        D: `(nheads,)` or `(nheads, headdim)` skip connection.
+        z: like `x`, gate.
+        dt_bias: `(nheads,)` added to dt first.
+        dt_softplus: applies softplus after the bias.
+        dt_limit: (low, high) clamp of Δ, last.
+        initial_states: `(batch or nseq, nheads, headdim, d_state)` float32, the state before the first token; None is
+            zero.
+        cu_seqlens: `(nseq + 1,)` int32 boundaries of sequences packed along time; batch must be 1.
+        chunk_size: tokens a chunk of the chunked form; None takes its default (64). Changes rounding only.
+        impl: "auto", "chunked", "recurrent" (the O(seqlen)-step oracle) or "quadratic" (O(seqlen²) memory).
+
+    Returns:
+        `SSDOutput(y, final_states)`: y like x; one float32 state a sequence, after its last token.
+
+    Raises:
+        ValueError: a shape, device, chunk size or implementation does not fit; the message names the dimension.
+        TypeError: a dtype does not fit.
+
+    Example:
+        >>> x, dt = torch.randn(2, 100, 4, 16), torch.rand(2, 100, 4)
+        >>> A, B, C = -torch.rand(4), torch.randn(2, 100, 1, 32), torch.randn(2, 100, 1, 32)
+        >>> y, state = ssd(x, dt, A, B, C)
+        >>> first = ssd(x[:, :60], dt[:, :60], A, B[:, :60], C[:, :60])
+        >>> rest = ssd(x[:, 60:], dt[:, 60:], A, B[:, 60:], C[:, 60:], initial_states=first.final_states)
+        >>> torch.allclose(y[:, 60:], rest.y, atol=1e-4)
+        True
+
+    Note:
+        About `2 seqlen (ngroups Q d_state + nheads headdim (Q + 2 d_state))` FLOPs a batch row for chunk size Q; memory
+        beyond inputs and outputs is one chunk's (forward) or one state a chunk (backward). Low-precision inputs are
+        computed in float32.
+    """
+    validate.sequence("ssd", x, {"dt": dt}, B, C, initial_states, cu_seqlens, chunk_size)
+    validate.parameters("ssd", x, A, D, dt_bias, dt_limit)
+    scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, chunked.compute_dtype(x))
+    y, final_states = _core(x, scale, scale * A, B, C, D, initial_states, cu_seqlens, chunk_size, impl)
+    return SSDOutput(_gate(y, x, z, "ssd"), final_states)
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    impl: str = "auto",
+) -> SSDOutput:
+    """One token of `ssd`: the state goes in and the next state comes out (equation 1 of arXiv 2405.21060).
+
+    Args:
+        state: `(batch, nheads, headdim, d_state)` float32; not modified.
+        x: `(batch, nheads, headdim)`.
+        dt: `(batch, nheads)`.
+        A: `(nheads,)` float32.
+        B: `(batch, ngroups, d_state)`.
+        C: `(batch, ngroups, d_state)`.
+        D: `(nheads,)` or `(nheads, headdim)`.
+        z: like `x`, gate.
+        dt_bias: `(nheads,)`.
+        dt_softplus: applies softplus after the bias.
+        dt_limit: (low, high) clamp of Δ.
+        impl: "auto" or "recurrent".
+
+    Returns:
+        `SSDOutput(y, final_states)`: y like x, and the next state.
+
+    Raises:
+        ValueError: a shape, device or implementation does not fit.
+        TypeError: a dtype does not fit.
+
+    Example:
+        >>> state = torch.zeros(1, 4, 16, 32)
+        >>> x, dt, A, B = torch.randn(1, 4, 16), torch.ones(1, 4), -torch.ones(4), torch.randn(1, 1, 32)
+        >>> y, state = ssd_step(state, x, dt, A, B, B)
+        >>> torch.allclose(y, x * (B * B).sum(), atol=1e-4)
+        True
+
+    Note:
+        Reads and writes the state once each: `8 batch nheads headdim d_state` bytes.
+    """
+    batch, nheads, headdim = validate.dimensions("ssd_step", "x", x, {"batch": None, "nheads": None, "headdim": None})
+    _, ngroups, d_state = validate.dimensions("ssd_step", "B", B, {"batch": batch, "ngroups": None, "d_state": None})
+    validate.dimensions("ssd_step", "C", C, {"batch": batch, "ngroups": ngroups, "d_state": d_state})
+    validate.dimensions("ssd_step", "dt", dt, {"batch": batch, "nheads": nheads})
+    shape = {"batch": batch, "nheads": nheads, "headdim": headdim, "d_state": d_state}
+    validate.dimensions("ssd_step", "state", state, shape)
+    validate.heads("ssd_step", nheads, ngroups)
+    validate.same_kind("ssd_step", "x", x, {"B": B, "C": C}, dtype=True)
+    validate.state_dtype("ssd_step", "state", state, x)
+    validate.parameters("ssd_step", x, A, D, dt_bias, dt_limit)
+    _dispatch.choose(STEP_OPERATOR, impl, x.device)
+    scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
+    y, next_state = reference.step(state, x, scale, scale * A, B, C, D)
+    return SSDOutput(_gate(y, x, z, "ssd_step"), next_state)
+
+
+STEP_OPERATOR = _dispatch.register(
+    _dispatch.Operator(name="ssd_step", impls={"recurrent": _dispatch.anywhere}, preference=("recurrent",))
+)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+    normalize: bool = False,
+    initial_states: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+) -> SSDOutput:
+    """Causal linear attention with a decay per token and head: the attention face of `ssd` (section 5 of arXiv
+    2405.21060).
+
+    y_t = scale · Σ_{s ≤ t} exp(Σ_{s < r ≤ t} log_decay_r) (q_t · k_s) v_s.  No decay is linear attention, a constant
+    one is RetNet.
+
+    Args:
+        q: `(batch, seqlen, ngroups, d_state)` queries (C of `ssd`).
+        k: like `q`, keys (B of `ssd`).
+        v: `(batch, seqlen, nheads, headdim)` values (X of `ssd`); head h uses group `h // (nheads // ngroups)`.
+        log_decay: `(batch, seqlen, nheads)`, natural logarithm, <= 0; -inf forgets everything before the token,
+            exactly. None is 0.
+        scale: factor on the queries; None is 1.
+        normalize: divides by the sum of the weights (the softmax-like denominator); needs non-negative q · k.
+        initial_states: `(batch or nseq, nheads, headdim, d_state)` float32; with `normalize` headdim is one larger, the
+            last row being the denominator.
+        cu_seqlens: `(nseq + 1,)` int32 boundaries of packed sequences; batch must be 1.
+        chunk_size: as in `ssd`.
+        impl: as in `ssd`.
+
+    Returns:
+        `SSDOutput(y, final_states)`: y like v; states as `initial_states`.
+
+    Raises:
+        ValueError: a shape, device, chunk size or implementation does not fit.
+        TypeError: a dtype does not fit.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 50, 2, 8).unbind(0)
+        >>> mask = torch.ones(50, 50).tril()
+        >>> scores = torch.einsum("blhn,bshn->bhls", q, k) * mask
+        >>> torch.allclose(linear_attention(q, k, v).y, torch.einsum("bhls,bshp->blhp", scores, v), atol=1e-4)
+        True
+
+    Note:
+        Cost as `ssd`; `normalize` adds one column to v.
+    """
+    op = "linear_attention"
+    names = ("v", "k", "q")
+    values = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1) if normalize else v
+    validate.sequence(op, values, {"log_decay": log_decay}, k, q, initial_states, cu_seqlens, chunk_size, names)
+    dtype = chunked.compute_dtype(v)
+    if log_decay is None:
+        log_decay = torch.zeros(v.shape[:-1], dtype=dtype, device=v.device)
+    if scale is not None:
+        q = q * scale
+    y, states = _core(values, None, log_decay.to(dtype), k, q, None, initial_states, cu_seqlens, chunk_size, impl)
+    return SSDOutput(y[..., :-1] / y[..., -1:] if normalize else y, states)
+
+
+def _core(
+    x: Tensor,
+    scale: Tensor | None,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    form = _dispatch.choose(OPERATOR, impl, x.device)
+    if form == "chunked":
+        chunk_size = chunk_size or chunked.DEFAULT_CHUNK_SIZE
+        return library.core(x, scale, log_decay, B, C, D, initial_states, cu_seqlens, chunk_size)
+    return reference.run(form, x, scale, log_decay, B, C, D, initial_states, cu_seqlens)
+
+
+def _step_size(
+    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float], dtype: torch.dtype
+) -> Tensor:
+    """Δ = clamp(softplus(dt + dt_bias)) in the compute dtype."""
+    dt = dt.to(dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    if dt_limit != (0.0, math.inf):
+        dt = dt.clamp(*dt_limit)
+    return dt
+
+
+def _gate(y: Tensor, x: Tensor, z: Tensor | None, op: str) -> Tensor:
+    if z is None:
+        return y
+    validate.dimensions(
+        op, "z", z, dict(zip(("batch", "seqlen", "nheads", "headdim")[-x.ndim :], x.shape, strict=True))
+    )
+    validate.same_kind(op, "x", x, {"z": z}, dtype=True)
+    return y * F.silu(z)
