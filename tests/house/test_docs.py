@@ -10,6 +10,9 @@ import pytest
 from tests.house.tree import PACKAGE, ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+# Pages for users, whose Python runs as it stands.
+USER_PAGES = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "tutorials").rglob("*.md"))]
+PROGRAMS = [page for page in USER_PAGES if "```python\n" in page.read_text(encoding="utf-8")]
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 STATUS = "proposed|accepted|rejected|superseded by [0-9]{3}"
 
@@ -29,6 +32,14 @@ def test_no_dead_relative_link(page):
     relative = [target for target in targets if not re.match(r"[a-z]+:|#", target)]
     paths = [page.parent / target.partition("#")[0] for target in relative]
     assert [path for path in paths if not path.exists() and not made_from_docstrings(path.resolve())] == []
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    """The blocks of a page are one program, in order; an `assert` in it is a test."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": page.stem})
 
 
 def test_decisions_are_numbered_without_gaps():
