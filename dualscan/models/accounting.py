@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from dualscan.models.config import ModelConfig
 from dualscan.nn.attention import Attention
 from dualscan.nn.mlp import MLP
-from dualscan.ops.ssd.chunked import DEFAULT_CHUNK_SIZE
+from dualscan.ops.ssd.blocks import DEFAULT_CHUNK_SIZE
 from dualscan.ops.ssd.library import backward_flops, forward_flops
 
 

@@ -46,7 +46,8 @@ def validate_cu_seqlens(cu_seqlens: Tensor, *, batch: int, seqlen: int, device: 
         for i, (start, end) in enumerate(itertools.pairwise(bounds)):
             if end < start:
                 raise ValueError(
-                    f"{name}: cu_seqlens must not decrease, but cu_seqlens[{i}]={start} > cu_seqlens[{i + 1}]={end}; sort it."
+                    f"{name}: cu_seqlens must not decrease, but cu_seqlens[{i}]={start} > "
+                    f"cu_seqlens[{i + 1}]={end}; sort it."
                 )
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualscan.ops import _dispatch
-from dualscan.ops.ssd import chunked, library, reference, validate
+from dualscan.ops.ssd import blocks, library, reference, validate
 
 __all__ = ["SSDOutput", "linear_attention", "ssd", "ssd_step"]
 
@@ -102,7 +102,7 @@ def ssd(
     """
     validate.sequence("ssd", x, {"dt": dt}, B, C, initial_states, cu_seqlens, chunk_size)
     validate.parameters("ssd", x, A, D, dt_bias, dt_limit)
-    scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, chunked.compute_dtype(x))
+    scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, blocks.compute_dtype(x))
     y, final_states = _core(x, scale, scale * A, B, C, D, initial_states, cu_seqlens, chunk_size, impl)
     return SSDOutput(_gate(y, x, z, "ssd"), final_states)
 
@@ -230,7 +230,7 @@ def linear_attention(
     names = ("v", "k", "q")
     values = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1) if normalize else v
     validate.sequence(op, values, {"log_decay": log_decay}, k, q, initial_states, cu_seqlens, chunk_size, names)
-    dtype = chunked.compute_dtype(v)
+    dtype = blocks.compute_dtype(v)
     if log_decay is None:
         log_decay = torch.zeros(v.shape[:-1], dtype=dtype, device=v.device)
     if scale is not None:
@@ -253,9 +253,9 @@ def _core(
 ) -> tuple[Tensor, Tensor]:
     form = _dispatch.choose(OPERATOR, impl, x.device)
     if form == "chunked":
-        chunk_size = chunk_size or chunked.DEFAULT_CHUNK_SIZE
+        chunk_size = chunk_size or blocks.DEFAULT_CHUNK_SIZE
         return library.core(x, scale, log_decay, B, C, D, initial_states, cu_seqlens, chunk_size)
-    return reference.run(form, x, scale, log_decay, B, C, D, initial_states, cu_seqlens)
+    return reference.run(form, reference.Core(x, scale, log_decay, B, C), D, initial_states, cu_seqlens)
 
 
 def _step_size(

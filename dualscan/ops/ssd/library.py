@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dualscan.ops._dispatch import announce_slow_path
-from dualscan.ops.ssd import chunked
+from dualscan.ops.ssd import blocks, chunked
 
 _LIB = torch.library.Library("dualscan", "FRAGMENT")
 _CORE = (
@@ -54,7 +54,7 @@ def _fake_forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     nseq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    states = x.new_empty((nseq, x.shape[2], x.shape[3], B.shape[3]), dtype=chunked.compute_dtype(x))
+    states = x.new_empty((nseq, x.shape[2], x.shape[3], B.shape[3]), dtype=blocks.compute_dtype(x))
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), states
 
 
@@ -92,7 +92,8 @@ class _SSD(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dfinal_states: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads_out: Any) -> tuple[Tensor | None, ...]:
+        dy, dfinal_states = grads_out
         inputs = ctx.saved_tensors
         if dy is None and dfinal_states is None:
             return (None,) * 9

@@ -12,10 +12,28 @@ Shapes, here and in `chunked.py`: `x` (b, l, h, p); `scale`, `log_decay` (b, l, 
 p, n).
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from dualscan.ops.varlen import sequence_spans
+
+
+class Core(NamedTuple):
+    """The core's tensors with a time dimension: the inputs of every form, or their gradients."""
+
+    x: Tensor
+    scale: Tensor | None
+    log_decay: Tensor
+    B: Tensor
+    C: Tensor
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Core":
+        """Applies `fn` to each of them; an absent scale stays absent."""
+        scale = None if self.scale is None else fn(self.scale)
+        return Core(fn(self.x), scale, fn(self.log_decay), fn(self.B), fn(self.C))
 
 
 def per_head(grouped: Tensor, nheads: int) -> Tensor:
@@ -89,35 +107,31 @@ FORMS = {"recurrent": recurrent, "quadratic": quadratic}
 
 
 def run(
-    form: str,
-    x: Tensor,
-    scale: Tensor | None,
-    log_decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    initial_states: Tensor | None,
-    cu_seqlens: Tensor | None,
+    form: str, inputs: Core, D: Tensor | None, initial_states: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """A form over a batch or over every packed sequence, in float32 (float64 for float64 inputs)."""
+    """A form over a batch or over every packed sequence, in float32 (float64 for float64 inputs).
+
+    Returns:
+        `y` (b, l, h, p) in x's dtype and final states (b or nseq, h, p, n).
+    """
+    x, B = inputs.x, inputs.B
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    args = [None if t is None else t.to(dtype) for t in (x, scale, log_decay, B, C, D)]
     nseq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_states is None:
         initial_states = torch.zeros(nseq, x.shape[2], x.shape[3], B.shape[3], dtype=dtype, device=x.device)
     initial_states = initial_states.to(dtype)
+    D = None if D is None else D.to(dtype)
+    inputs = inputs.map(lambda t: t.to(dtype))
     if cu_seqlens is None:
-        y, final_states = FORMS[form](*args, initial_states)
+        y, final_states = FORMS[form](*inputs, D, initial_states)
         return y.to(x.dtype), final_states
-    *sequences, D = args
-    ys, finals = [], [initial_states[:0]]
+    ys, finals = [x[:, :0]], [initial_states[:0]]
     for i, (start, end) in enumerate(sequence_spans(cu_seqlens, x.shape[1])):
-        pieces = [None if t is None else t[:, start:end] for t in sequences]
-        y, final = FORMS[form](*pieces, D, initial_states[i : i + 1])
-        ys.append(y)
+        sequence = inputs.map(lambda t, start=start, end=end: t[:, start:end])
+        y, final = FORMS[form](*sequence, D, initial_states[i : i + 1])
+        ys.append(y.to(x.dtype))
         finals.append(final)
-    y = torch.cat(ys, dim=1) if ys else args[0].clone()
-    return y.to(x.dtype), torch.cat(finals)
+    return torch.cat(ys, dim=1), torch.cat(finals)
 
 
 def step(

@@ -1,5 +1,7 @@
 """The contract of `ssd`, `linear_attention` and `ssd_step`: ranks, named dimensions, dtypes and devices."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from dualscan.ops.varlen import validate_cu_seqlens
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def dimensions(op: str, name: str, t: Tensor, expected: dict[str, int | None]) -> tuple[int, ...]:
+def dimensions(op: str, name: str, t: Tensor, expected: Mapping[str, int | None]) -> tuple[int, ...]:
     """Checks a tensor's rank and sizes by the names of its dimensions; None accepts any size.
 
     Raises:
@@ -41,11 +43,11 @@ def same_kind(op: str, leader: str, reference: Tensor, others: dict[str, Tensor 
             raise TypeError(f"{op}: {name} has dtype {t.dtype}; it must be floating point.")
 
 
-def heads(op: str, nheads: int, ngroups: int, names: tuple[str, str] = ("nheads", "ngroups")) -> None:
+def heads(op: str, nheads: int, ngroups: int) -> None:
     """Checks that the groups divide the heads."""
     if ngroups == 0 or nheads % ngroups:
         raise ValueError(
-            f"{op}: {names[1]}={ngroups} does not divide {names[0]}={nheads}; use a divisor, 1 shares B and C among all heads."
+            f"{op}: ngroups={ngroups} does not divide nheads={nheads}; use a divisor, or 1 to share B and C."
         )
 
 
