@@ -3,6 +3,7 @@
 import re
 import tomllib
 from fnmatch import fnmatch
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -68,14 +69,16 @@ def test_layers_of_the_page_are_the_layers_that_are_checked():
     assert [re.findall(r"\w+", layer) for layer in layers] == drawn
 
 
-def drawn_tree() -> tuple[set[str], set[str]]:
-    """What the page draws below `dualscan/`, as (there, planned): paths and patterns, folders with a closing slash.
+NAME = re.compile(r"\(?[\w*]+(/|\.py)\)?")
+
+
+def drawn_tree() -> dict[str, bool]:
+    """What the page draws below `dualscan/`, folders with a closing slash, and for each whether it is planned.
 
     A line is indented below its folder and begins with one or more names. A folder's line may go on to name the `.py`
-    files in it. A name in parentheses is planned.
+    files in it. A name in parentheses of its own is planned, and so is all that a planned folder names.
     """
-    there: set[str] = set()
-    planned: set[str] = set()
+    planned: dict[str, bool] = {}
     open_folders: list[tuple[int, str]] = []
     lines = code_block("Tree")
     end = next(i for i, line in enumerate(lines) if i and not line.startswith(" "))
@@ -83,19 +86,19 @@ def drawn_tree() -> tuple[set[str], set[str]]:
         indent = len(line) - len(line.lstrip())
         while open_folders and open_folders[-1][0] >= indent:
             open_folders.pop()
-        above = "".join(name for _, name in open_folders)
-        leading = re.match(r"((\(?[\w*]+(/|\.py)\)?)\s*)+", line.strip())
-        assert leading, line
-        names = leading[0].split()
-        if names[0].strip("()").endswith("/"):
-            folders = [name for name in names if name.strip("()").endswith("/")]
-            inside = [names[0].strip("()") + name for name in re.findall(r"\(?[\w*]+\.py\)?", line)]
-            inside = [f"({name.replace('(', '')}" if name.endswith(")") else name for name in inside]
-            names = folders + inside
-            open_folders.append((indent, names[0].strip("()")))
-        for name in names:
-            (planned if name.startswith("(") else there).add(above + name.strip("()"))
-    return there, planned
+        above = open_folders[-1][1] if open_folders else ""
+        first, *others = line.split()
+        assert NAME.fullmatch(first), line
+        folder = above + first.strip("()")
+        planned[folder] = first.startswith("(")
+        if folder.endswith("/"):
+            open_folders.append((indent, folder))
+            for name in takewhile(re.compile(r"\(?\w+/\)?").fullmatch, others):
+                planned[above + name.strip("()")] = name.startswith("(")
+            for name in others:
+                if NAME.fullmatch(name) and ".py" in name:
+                    planned[folder + name.strip("()")] = planned[folder] or name.startswith("(")
+    return planned
 
 
 def exists(pattern: str) -> bool:
@@ -103,26 +106,26 @@ def exists(pattern: str) -> bool:
 
 
 def test_tree_of_the_page_is_the_tree_on_disk():
-    there, planned = drawn_tree()
-    assert there
-    assert {name for name in there if not exists(name)} == set(), "absent: write it or put it in parentheses"
-    assert {name for name in planned if exists(name)} == set(), "exists by now: take it out of the parentheses"
+    planned = drawn_tree()
+    assert planned
+    absent = {name for name, later in planned.items() if not later and not exists(name)}
+    present = {name for name, later in planned.items() if later and exists(name)}
+    assert absent == set(), "absent: write it, or put it in parentheses as planned"
+    assert present == set(), "exists by now: take it out of the parentheses"
 
 
-def undrawn(path: Path, there: set[str]) -> bool:
+def drawn(path: Path, there: list[str]) -> bool:
     name = path.relative_to(PACKAGE).as_posix()
-    if path.name.startswith("_"):  # private helpers may be left out
-        return False
     if path.is_dir():
-        return f"{name}/" not in there
-    # A folder whose line names no file is described by its anatomy instead.
+        return f"{name}/" in there
     folder = name.rpartition("/")[0]
-    listed = [entry for entry in there if entry.endswith(".py") and entry.rpartition("/")[0] == folder]
-    return bool(listed) and not any(fnmatch(name, entry) for entry in listed)
+    beside = [entry for entry in there if entry.endswith(".py") and entry.rpartition("/")[0] == folder]
+    # A folder for which the page names no file is described by its anatomy instead.
+    return not beside or any(fnmatch(name, entry) for entry in beside)
 
 
 def test_everything_on_disk_is_in_the_tree_of_the_page():
-    there, _ = drawn_tree()
-    folders = [path for path in PACKAGE.rglob("*/") if "__pycache__" not in path.parts]
-    paths = [path for path in [*folders, *PACKAGE.rglob("*.py")] if path != PACKAGE]
-    assert sorted(path.relative_to(PACKAGE).as_posix() for path in paths if undrawn(path, there)) == []
+    there = [name for name, later in drawn_tree().items() if not later]
+    files = [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py"]
+    public = {path for path in files if not path.name.startswith("_")} | {path.parent for path in files} - {PACKAGE}
+    assert sorted(path.relative_to(PACKAGE).as_posix() for path in public if not drawn(path, there)) == []
