@@ -18,8 +18,8 @@ LAYERS = {
     "train": "Training",
     "semiseparable": "Semiseparable matrices",
 }
-# What a user never calls: registration, argument checks, launch configurations and kernels.
-INTERNAL = ("_", "library", "validate", "configs", "triton_")
+# Of an operator's folder, beside the public functions: its mathematics. The rest is how it is computed.
+SPECIFICATION = "reference"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -36,11 +36,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def public_module(path: Path) -> str | None:
-    """The dotted name of a module that defines something public, or None."""
+    """The dotted name of a module that defines something for users or readers, or None."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     if parts[-1] == "__init__":
         parts = parts[:-1]
-    if any(part.startswith(INTERNAL) for part in parts):
+    inside_operator = parts[1] == "ops" and len(parts) == 4
+    if parts[-1].startswith("_") or (inside_operator and parts[-1] != SPECIFICATION):
         return None
     body = ast.parse(path.read_text(encoding="utf-8")).body
     defined = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
