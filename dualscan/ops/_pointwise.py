@@ -1,0 +1,38 @@
+"""Elementwise pieces that several operators share: the accumulation dtype, SiLU, and the size of a cache-sized block.
+
+SiLU is written from `exp`, not with `torch.nn.functional.silu`: on a CPU that function's vectorised body and its scalar
+tail round differently, so a value would depend on where in the tensor it stands, and a packed sequence would differ
+from the same sequence alone. `exp`, `add`, `mul`, `div` and `addcmul` give each element the same bits at any position.
+In blocks that stay in cache the cost is the same.
+"""
+
+import torch
+from torch import Tensor
+
+# Elements of one block of a long tensor. On a CPU 1 MiB in float32: a block and its scratch stay in a 2 MiB L2 cache
+# while several elementwise passes go over it. Elsewhere a launch per pass is what counts, and the block only bounds the
+# scratch memory.
+CPU_BLOCK = 2**18
+DEVICE_BLOCK = 2**26
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: what sums and statistics are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def block_length(device: torch.device, elements_per_row: int) -> int:
+    """Rows of one block, at least 16."""
+    return max((CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK) // max(elements_per_row, 1), 16)
+
+
+def silu_(x: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """`x / (1 + exp(-x))` in place; a `scratch` like `x` saves an allocation (fresh memory costs page faults)."""
+    scratch = torch.neg(x) if scratch is None else torch.neg(x, out=scratch)
+    return x.div_(scratch.exp_().add_(1))
+
+
+def silu_slope_(x: Tensor, scratch: Tensor) -> Tensor:
+    """SiLU's derivative in place: `s + x s (1 - s)`, `s = sigmoid(x)`, which is left in `scratch` (like `x`)."""
+    sigmoid = torch.neg(x, out=scratch).exp_().add_(1).reciprocal_()
+    return x.mul_(sigmoid).addcmul_(x, sigmoid, value=-1).add_(sigmoid)

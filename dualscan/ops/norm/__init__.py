@@ -1,0 +1,84 @@
+"""RMS normalisation (arXiv 1910.07467) and its gated, grouped form, the extra norm of Mamba-2 (arXiv 2405.21060)."""
+
+from torch import Tensor
+
+from dualscan.ops._dispatch import Operator, anywhere, register
+from dualscan.ops.norm.library import rms_norm_fwd
+from dualscan.ops.norm.validate import validate
+
+register(Operator(name="rms_norm", impls={"chunked": anywhere}, preference=("chunked",)))
+register(Operator(name="gated_rms_norm", impls={"chunked": anywhere}, preference=("chunked",)))
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Divides each row by its root mean square and scales it by `weight`.
+
+    `y = x / sqrt(mean(x^2) + eps) * weight`, arXiv 1910.07467, equation 4.
+
+    Args:
+        x: `(..., d)` float, any strides.
+        weight: `(d,)` float; may be wider than `x` (float32 weights in a bfloat16 model).
+        eps: added to the mean square.
+
+    Returns:
+        `(..., d)` in the dtype of `x`. Differentiable once in both.
+
+    Raises:
+        ValueError: a shape, a device or `eps` does not fit.
+        TypeError: a dtype is not floating-point.
+
+    Example:
+        >>> import torch
+        >>> rms_norm(torch.tensor([[3.0, -4.0]]), torch.ones(2), eps=0.0)
+        tensor([[ 0.8485, -1.1314]])
+
+    Note:
+        Statistics in float32 (float64 for float64). About 4 FLOPs an element; reads `x` and writes `y` once.
+    """
+    d = x.shape[-1] if x.ndim else 1
+    validate("rms_norm", x, None, weight, d, eps)
+    return rms_norm_fwd(x, None, weight, d, False, eps)
+
+
+def gated_rms_norm(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    *,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+    eps: float = 1e-5,
+) -> Tensor:
+    """RMS norm with a SiLU gate, over groups of channels.
+
+    `y = RMSNorm(x * silu(z)) * weight`, the norm before the output projection in arXiv 2405.21060, figure 6; with
+    `norm_before_gate`, `y = RMSNorm(x) * weight * silu(z)`. Groups make the norm local to a tensor-parallel rank
+    (section 8.1).
+
+    Args:
+        x: `(..., d)` float, any strides.
+        z: the gate, like `x`.
+        weight: `(d,)` float.
+        group_size: channels that share one mean square, a divisor of `d`; None for all `d`.
+        norm_before_gate: gate after the norm instead of before it.
+        eps: added to the mean square.
+
+    Returns:
+        `(..., d)` in the dtype of `x`. Differentiable once in `x`, `z` and `weight`.
+
+    Raises:
+        ValueError: a shape, a device, `group_size` or `eps` does not fit.
+        TypeError: a dtype is not floating-point.
+
+    Example:
+        >>> import torch
+        >>> x, z = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]])
+        >>> gated_rms_norm(x, z, torch.ones(2), eps=0.0)  # the first channel is shut: the second has all the energy
+        tensor([[0.0000, 1.4142]])
+
+    Note:
+        Statistics in float32 (float64 for float64). About 9 FLOPs an element; reads `x` and `z` and writes `y` once.
+    """
+    group_size = group_size if group_size is not None else x.shape[-1] if x.ndim else 1
+    validate("gated_rms_norm", x, z, weight, group_size, eps)
+    return rms_norm_fwd(x, z, weight, group_size, norm_before_gate, eps)
