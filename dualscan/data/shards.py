@@ -113,8 +113,11 @@ def write_shards(
         if folder.is_dir():
             os.replace(folder, old)
         os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
+        # Anything but success leaves no new folder, and puts the old one back.
+        if old.is_dir() and not folder.is_dir():
+            os.replace(old, folder)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
     return TokenShards(folder)
 

@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -171,7 +171,7 @@ def _decode(content: bytes, where: str) -> str:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[IO[bytes]]:
+def _opened(file: Path) -> Generator[IO[bytes], None, None]:
     """The unpacked bytes of a file; damage found in an archive on the way becomes a ValueError."""
     suffix = file.suffix.lower()
     damage: tuple[type[Exception], ...] = (EOFError,)

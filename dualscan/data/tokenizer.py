@@ -52,7 +52,7 @@ class Tokenizer(Protocol):
         """The ids of several texts, as integer arrays."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of some ids; incomplete UTF-8 becomes U+FFFD, special and unknown ids nothing."""
         ...
 
@@ -92,7 +92,7 @@ class ByteTokenizer:
         """The UTF-8 bytes of several texts, as uint8 arrays."""
         return [np.frombuffer(_utf8(text), dtype=np.uint8) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of some ids; ids from 256 on (end of document, a model's padding rows) write nothing."""
         return _join(ids, self.token_bytes())
 
@@ -190,7 +190,7 @@ class HFTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of some ids; special ids and ids beyond the vocabulary write nothing."""
         if self._token_bytes is not None:
             return _join(ids, self._token_bytes)
@@ -208,10 +208,6 @@ class HFTokenizer:
         if self._token_bytes is None or not reversible:
             return None
         return np.array([len(piece) for piece in self._token_bytes], dtype=np.int64)
-
-    def stream(self) -> "_LibraryDecoder":
-        """The incremental decoder of a tokenizer that is not byte-level."""
-        return _LibraryDecoder(self._tokenizer)
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json`, and the end-of-document token to `tokenizer_config.json`."""
@@ -296,7 +292,8 @@ def load_tokenizer(path: str | Path) -> ByteTokenizer | HFTokenizer:
 class StreamDecoder:
     """Turns ids into text as they come, never in the middle of a character.
 
-    The pieces, `flush` included, join to `tokenizer.decode` of all the ids.
+    The pieces, `flush` included, join to `tokenizer.decode` of all the ids: any ids under a byte-level tokenizer, and
+    otherwise ids that spell valid text.
 
     Args:
         tokenizer: the tokenizer whose ids come.
@@ -309,18 +306,11 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         pieces = tokenizer.token_bytes()
-        if pieces is None and isinstance(tokenizer, HFTokenizer):
-            self._decoder: _BytesDecoder | _LibraryDecoder = tokenizer.stream()
-        elif pieces is not None:
-            self._decoder = _BytesDecoder(pieces)
-        else:
-            raise TypeError(
-                f"{type(tokenizer).__name__} gives no token_bytes; stream a ByteTokenizer or an HFTokenizer."
-            )
+        self._decoder = _WindowDecoder(tokenizer) if pieces is None else _BytesDecoder(pieces)
 
     def feed(self, token: int) -> str:
         """The text that this id completes, often empty."""
-        return self._decoder.feed(int(token))
+        return self._decoder.feed(token)
 
     def flush(self) -> str:
         """The text still held back (an incomplete character as U+FFFD); the decoder starts afresh."""
@@ -343,27 +333,33 @@ class _BytesDecoder:
         return text
 
 
-class _LibraryDecoder:
-    """Ids whose text depends on their neighbours (spaces, joins of word pieces), through the library's own stream."""
+class _WindowDecoder:
+    """Ids whose text depends on their neighbours (a leading space, joined word pieces).
 
-    def __init__(self, tokenizer: Any) -> None:
+    Decodes the ids of the last piece, for context, with the ids since, and writes what these add.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._start()
+        self._context: list[int] = []
+        self._new: list[int] = []
 
-    def _start(self) -> None:
-        self._stream = require("tokenizers.decoders", "streaming").DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._written = 0
+    def _added(self) -> str:
+        context = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._new)[len(context) :]
 
     def feed(self, token: int) -> str:
-        self._ids.append(token)
-        text = self._stream.step(self._tokenizer, token) or ""
-        self._written += len(text)
+        self._new.append(token)
+        text = self._added()
+        # U+FFFD at the end is, as a rule, a character of which more bytes will come.
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._context, self._new = self._new, []
         return text
 
     def flush(self) -> str:
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._written :]
-        self._start()
+        text = self._added()
+        self._context, self._new = [], []
         return text
 
 
@@ -382,7 +378,7 @@ def _piece(token: int, pieces: list[bytes]) -> bytes:
     return pieces[token] if token < len(pieces) else b""
 
 
-def _join(ids: Sequence[int], pieces: list[bytes]) -> str:
+def _join(ids: Sequence[int] | np.ndarray, pieces: list[bytes]) -> str:
     return b"".join(_piece(int(token), pieces) for token in ids).decode("utf-8", errors="replace")
 
 
