@@ -146,13 +146,14 @@ def step(
         `y` (b, h, p) in x's dtype and the next state (b, h, p, n).
     """
     batch, nheads, headdim, d_state = state.shape
-    ngroups = B.shape[1]
-    inputs = x.to(state.dtype)
+    ngroups, dtype = B.shape[1], state.dtype
+    inputs = x.to(dtype)
     scaled = inputs if scale is None else inputs * scale.unsqueeze(-1)
-    # (b, g, heads of the group * p, n): one matrix product per group reads the state once for all of its heads.
-    decayed = (state * log_decay.exp()[:, :, None, None]).view(batch, ngroups, -1, d_state)
-    state = torch.addcmul(decayed, scaled.reshape(batch, ngroups, -1, 1), B.to(state.dtype).unsqueeze(2))
-    y = torch.matmul(state, C.to(state.dtype).unsqueeze(-1)).view(batch, nheads, headdim)
+    # (b * g, heads of the group * p, n): an outer product and a matrix-vector product per group, each one pass.
+    rows = (batch * ngroups, nheads // ngroups * headdim)
+    decayed = (state * log_decay.exp()[:, :, None, None]).view(*rows, d_state)
+    state = decayed.baddbmm_(scaled.reshape(*rows, 1), B.to(dtype).reshape(-1, 1, d_state))
+    y = torch.bmm(state, C.to(dtype).reshape(-1, d_state, 1)).view(batch, nheads, headdim)
     if D is not None:
-        y = y + skip(D.to(state.dtype), inputs)
+        y = y + skip(D.to(dtype), inputs)
     return y.to(x.dtype), state.view(batch, nheads, headdim, d_state)

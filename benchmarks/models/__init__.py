@@ -1,0 +1,1 @@
+"""Whole models: prefill, training step, decoding."""

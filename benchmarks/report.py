@@ -1,0 +1,158 @@
+"""Tables and plots of README and docs, made from the committed result files; never typed.
+
+A page holds a pair of markers, `<!-- table: NAME -->` and `<!-- end table -->`; what stands between them is replaced.
+`python -m benchmarks.report` writes, `--check` only says whether the pages are up to date (a test calls it).
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+IMAGES = ROOT / "docs" / "images"
+MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
+
+Record = dict[str, Any]
+
+
+def load(job: str) -> list[Record]:
+    """All records of a job, of every device."""
+    return [entry for path in sorted(RESULTS.glob(f"{job}-*.json")) for entry in json.loads(path.read_text("utf-8"))]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join([" --- "] + [" ---: "] * (len(header) - 1)) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def _find(records: list[Record], **keys: str) -> Record:
+    matches = [r for r in records if all(r.get(key) == value for key, value in keys.items())]
+    if len(matches) != 1:
+        raise ValueError(f"{len(matches)} records match {keys}; run the job again with --save.")
+    return matches[0]
+
+
+def _origin(records: list[Record]) -> str:
+    first = records[0]
+    return f"\n*{first['device']}, torch {first['torch']}, {first['date']}, commit {first['commit']}.*\n"
+
+
+LM_ROWS = (
+    ("130m 1x512", "prefill", "prefill, 512 tokens"),
+    ("130m 1x2048", "prefill", "prefill, 2048 tokens"),
+    ("130m 1x512", "fwdbwd", "forward + backward, 512 tokens"),
+    ("130m 1", "decode", "decoding, a token"),
+)
+
+
+def lm_cpu() -> str:
+    """A 130M model on the CPU against transformers."""
+    records = load("lm_cpu")
+    rows = []
+    for shape, pass_, words in LM_ROWS:
+        cells = [words]
+        for impl in ("transformers fp32", "dualscan fp32", "transformers bf16", "dualscan bf16"):
+            r = _find(records, shape=shape, impl=impl, **{"pass": pass_})
+            times = "" if impl == "transformers fp32" else f" ({r['ratio']:.1f}x)"
+            cells.append(f"{r['call_ms']:.0f} ms{times}" if r["call_ms"] >= 100 else f"{r['call_ms']:.1f} ms{times}")
+        rows.append(cells)
+    for shape, pass_, words in LM_ROWS[1:3]:
+        cells = [f"peak memory, {words.split(',')[0]}"]
+        for impl in ("transformers fp32", "dualscan fp32", "transformers bf16", "dualscan bf16"):
+            cells.append(f"{_find(records, shape=shape, impl=impl, **{'pass': pass_})['peak_mib']:.0f} MiB")
+        rows.append(cells)
+    cells = ["error of the logits (float64 oracle)"]
+    for impl in ("transformers fp32", "dualscan fp32", "transformers bf16", "dualscan bf16"):
+        cells.append(f"{_find(records, shape='130m 1x512', impl=impl, **{'pass': 'prefill'})['error']:.1e}")
+    rows.append(cells)
+    header = ["", "transformers fp32", "dualscan fp32", "transformers bf16", "dualscan bf16"]
+    return markdown(header, rows) + _origin(records)
+
+
+def lm_cpu_lengths() -> str:
+    """Prefill time against the prompt's length."""
+    records = [r for r in load("lm_cpu") if r["pass"] == "prefill last"]
+    rows = []
+    for shape in dict.fromkeys(r["shape"] for r in records):
+        fp32, bf16 = (_find(records, shape=shape, impl=f"dualscan {kind}") for kind in ("fp32", "bf16"))
+        length = shape.split("x")[1]
+        rows.append([length, *(f"{r['call_ms'] / 1e3:.2f} s, {r['tokens_per_s']:.0f} tokens/s" for r in (fp32, bf16))])
+    return markdown(["prompt tokens", "fp32", "bf16"], rows) + _origin(records)
+
+
+TABLES: dict[str, Callable[[], str]] = {"lm_cpu": lm_cpu, "lm_cpu_lengths": lm_cpu_lengths}
+
+
+def fill(text: str) -> str:
+    """A page with its tables made anew.
+
+    Raises:
+        ValueError: a marker that names no table.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name = match.group(2)
+        if name not in TABLES:
+            raise ValueError(f"no table is called {name!r}; the tables are {', '.join(TABLES)}.")
+        return match.group(1) + TABLES[name]() + match.group(3)
+
+    return MARKER.sub(replace, text)
+
+
+def stale_pages() -> list[Path]:
+    """Pages whose tables differ from the result files."""
+    return [page for page in PAGES if page.exists() and fill(page.read_text("utf-8")) != page.read_text("utf-8")]
+
+
+def plot_lengths(path: Path) -> None:
+    """Prefill time against length, beside a straight line through the origin."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = [r for r in load("lm_cpu") if r["pass"] == "prefill last"]
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for kind, colour in (("fp32", "#3b6fb6"), ("bf16", "#d1603d")):
+        mine = [r for r in records if r["impl"] == f"dualscan {kind}"]
+        lengths = [int(r["shape"].split("x")[1]) for r in mine]
+        seconds = [r["call_ms"] / 1e3 for r in mine]
+        axes.loglog(lengths, seconds, "o-", color=colour, label=kind, base=2)
+        slope = seconds[-1] / lengths[-1]
+        axes.loglog(lengths, [slope * n for n in lengths], ":", color=colour, alpha=0.6, base=2)
+    axes.set_xlabel("prompt length (tokens)")
+    axes.set_ylabel("prefill time (s)")
+    axes.set_title("Mamba-2 130M prefill on two CPU cores; dotted: exactly linear")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes the pages and plots, or checks the pages."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
+    args = parser.parse_args(argv)
+    stale = stale_pages()
+    if args.check:
+        for page in stale:
+            print(f"{page.relative_to(ROOT)} is out of date; run python -m benchmarks.report", file=sys.stderr)
+        return 1 if stale else 0
+    for page in stale:
+        page.write_text(fill(page.read_text("utf-8")), encoding="utf-8")
+        print("wrote", page.relative_to(ROOT))
+    plot_lengths(IMAGES / "prefill.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
