@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -116,6 +118,21 @@ def test_large_texts_go_to_the_cache_and_are_found_again(tmp_path, monkeypatch, 
     (tmp_path / "a.txt").write_text("another line\n" * 20, encoding="utf-8")
     assert split(prepare(tmp_path / "a.txt", TOKENIZER, cache=tmp_path / "cache"))[0][0].startswith("another")
     assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_the_data_extra_is_loaded_only_where_it_is_needed():
+    program = """
+import sys
+from dualscan.data.corpus import prepare
+from dualscan.data.loader import Loader
+from dualscan.data.tokenizer import ByteTokenizer
+next(Loader(prepare(None, ByteTokenizer()).train, batch_size=1, seqlen=8))
+print({"tokenizers", "zstandard", "lzma"} & set(sys.modules) - before)
+"""
+    # torch may load lzma by itself, hence the comparison with what is there before.
+    program = "import sys, torch; before = set(sys.modules)" + program
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()", done.stdout
 
 
 def test_small_texts_stay_out_of_the_cache(tmp_path):
