@@ -1,0 +1,38 @@
+"""RMSNorm as a module."""
+
+import torch
+from torch import Tensor, nn
+
+from dualscan.nn.precision import Float32Parameters
+from dualscan.ops.norm import rms_norm
+
+
+class RMSNorm(Float32Parameters):
+    """Divides each row by its root mean square and scales it by a learned weight (arXiv 1910.07467).
+
+    The weight stays in float32 when the model is cast to a lower precision; the output has the dtype of the input.
+
+    Args:
+        d: size of the last dimension.
+        eps: added to the mean square.
+
+    Example:
+        >>> norm = RMSNorm(4).bfloat16()
+        >>> norm.weight.dtype, norm(torch.ones(2, 4, dtype=torch.bfloat16)).dtype
+        (torch.float32, torch.bfloat16)
+    """
+
+    float32_parameters = ("weight",)
+
+    def __init__(self, d: int, *, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises `(..., d)`."""
+        return rms_norm(x, self.weight, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        """The arguments, for `print(model)`."""
+        return f"{self.weight.shape[0]}, eps={self.eps}"
