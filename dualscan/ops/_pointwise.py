@@ -26,10 +26,10 @@ def block_length(device: torch.device, elements_per_row: int) -> int:
     return max((CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK) // max(elements_per_row, 1), 16)
 
 
-def silu_(x: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """`x / (1 + exp(-x))` in place; a `scratch` like `x` saves an allocation (fresh memory costs page faults)."""
-    scratch = torch.neg(x) if scratch is None else torch.neg(x, out=scratch)
-    return x.div_(scratch.exp_().add_(1))
+def silu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x / (1 + exp(-x))`, into `out` (not `x` itself) if given: fresh memory for every block costs page faults."""
+    out = torch.neg(x, out=out).exp_().add_(1)
+    return torch.div(x, out, out=out)
 
 
 def silu_slope_(x: Tensor, scratch: Tensor) -> Tensor:

@@ -14,12 +14,17 @@ SiLU.)
 import torch
 from torch import Tensor
 
-from dualscan.ops._pointwise import accumulation_dtype, block_length, silu_, silu_slope_
+from dualscan.ops._pointwise import accumulation_dtype, block_length, silu, silu_slope_
 from dualscan.ops.conv1d.heads import PackedHeads, RowHeads, locate_heads
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activate: bool,
 ) -> tuple[Tensor, Tensor]:
     """`y` and the final states; arguments as in `reference.causal_conv1d_reference`."""
     seqlen, dtype, halo = x.shape[1], accumulation_dtype(x.dtype), weight.shape[1] - 1
@@ -28,10 +33,10 @@ def forward(
     windows = _windows(x, initial_states, heads)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if seqlen > halo:
-        _sweep(x, weight, bias, silu, y)
+        _sweep(x, weight, bias, activate, y)
     if heads.longest:
         pre = _preactivate_heads(windows, weight, bias)
-        heads.put(y, silu_(pre) if silu else pre)
+        heads.put(y, silu(pre) if activate else pre)
     return y, _time_major(heads.final(x, windows))
 
 
@@ -43,7 +48,7 @@ def backward(
     bias: Tensor | None,
     initial_states: Tensor | None,
     cu_seqlens: Tensor | None,
-    silu: bool,
+    activate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`dx, dweight, dbias, dinitial_states`; the pre-activation is computed again rather than kept.
 
@@ -58,12 +63,12 @@ def backward(
     dtype, halo = accumulation_dtype(x.dtype), weight.shape[1] - 1
     weight_acc, bias_acc = weight.to(dtype), None if bias is None else bias.to(dtype)
     heads = locate_heads(x, halo, cu_seqlens)
-    dx, dtaps, dbias = _sweep_back(dy, x, weight_acc, bias_acc, silu, heads)
+    dx, dtaps, dbias = _sweep_back(dy, x, weight_acc, bias_acc, activate, heads)
     windows = _windows(x, initial_states, heads)
     dwindows = torch.zeros(windows.shape, dtype=dtype, device=x.device)
     if heads.longest:
         dpre = heads.take(dy).to(dtype)
-        if silu:
+        if activate:
             pre = _preactivate_heads(windows, weight_acc, bias_acc)
             dpre = dpre * silu_slope_(pre, torch.empty_like(pre))
         dbias += dpre.sum((0, 1))
@@ -117,25 +122,26 @@ def _preactivate(x: Tensor, taps: Tensor, bias: Tensor | None, out: Tensor) -> T
     return out
 
 
-def _sweep(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, y: Tensor) -> None:
+def _sweep(x: Tensor, weight: Tensor, bias: Tensor | None, activate: bool, y: Tensor) -> None:
     """Writes `y[:, halo:]` from the row alone."""
     batch, seqlen, channels = x.shape
     taps, halo = weight.t().contiguous(), weight.shape[1] - 1
     steps = block_length(x.device, batch * channels)
+    exact = y.dtype == weight.dtype
     scratch = torch.empty(2, batch, min(steps, seqlen), channels, dtype=weight.dtype, device=x.device)
     for start in range(halo, seqlen, steps):
         out = y[:, start : start + steps]
-        scratch_pre, scratch_silu = scratch[:, :, : out.shape[1]]
-        pre = out if y.dtype == weight.dtype else scratch_pre
-        _preactivate(x[:, start - halo : start + steps].to(weight.dtype), taps, bias, pre)
-        if silu:
-            silu_(pre, scratch_silu)
-        if pre is not out:
-            out.copy_(pre)
+        linear, activated = scratch[:, :, : out.shape[1]]
+        block = x[:, start - halo : start + steps].to(weight.dtype)
+        result = _preactivate(block, taps, bias, out if exact and not activate else linear)
+        if activate:
+            result = silu(result, out=out if exact else activated)
+        if result is not out:
+            out.copy_(result)
 
 
 def _sweep_back(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, heads: RowHeads | PackedHeads
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activate: bool, heads: RowHeads | PackedHeads
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`dx`, `(width, channels)` `dtaps` and `dbias` of everything but the heads, in the accumulation dtype.
 
@@ -159,7 +165,7 @@ def _sweep_back(
         block = x[:, first - halo : end].to(weight.dtype)
         pre, product = scratch[:, :, : end - first]
         own.copy_(dy[:, first:end])
-        if silu:
+        if activate:
             own.mul_(silu_slope_(_preactivate(block, taps, bias, pre), product))
         heads.clear(own, first, end)
         dbias += own.sum((0, 1))

@@ -8,28 +8,29 @@ nothing but the inputs is kept.
 import torch
 from torch import Tensor
 
-from dualscan.ops._pointwise import accumulation_dtype, block_length, silu_, silu_slope_
+from dualscan.ops._pointwise import accumulation_dtype, block_length, silu, silu_slope_
 
 
 def forward(x: Tensor, z: Tensor | None, weight: Tensor, group_size: int, norm_before_gate: bool, eps: float) -> Tensor:
     """Arguments and result as in `reference.rms_norm_reference`."""
-    dtype = accumulation_dtype(x.dtype)
+    dtype, d = accumulation_dtype(x.dtype), x.shape[-1]
+    weight = weight.to(dtype)
+    steps = block_length(x.device, d)
+    if group_size == d and x.numel() <= steps * d:
+        # A decoding step: nothing to cut, so no views and no buffers either.
+        return _normalise(x, z, weight, norm_before_gate, eps).to(x.dtype).contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, groups = _rows(x, group_size), weight.to(dtype).view(-1, group_size)
-    gates, out_rows = None if z is None else _rows(z, group_size), y.view(rows.shape)
-    steps = block_length(x.device, x.shape[-1])
+    rows, groups = _rows(x, group_size), weight.view(-1, group_size)
+    gates, y_rows = None if z is None else _rows(z, group_size), y.view(rows.shape)
+    scratch = torch.empty(2, min(steps, len(rows)), *groups.shape, dtype=dtype, device=x.device)
     for start in range(0, len(rows), steps):
         part = slice(start, start + steps)
-        u, out = rows[part].to(dtype), out_rows[part]
-        gate = None if gates is None else silu_(gates[part].to(dtype, copy=True))
-        if gate is not None and not norm_before_gate:
-            u = gate.mul_(u)
-        target = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-        torch.mul(u, _inverse_rms(u, eps), out=target).mul_(groups)
-        if gate is not None and norm_before_gate:
-            target.mul_(gate)
-        if target is not out:
-            out.copy_(target)
+        out = y_rows[part]
+        gate, result = scratch[:, : len(out)]
+        result = out if out.dtype == dtype else result
+        _normalise(rows[part], None if gates is None else gates[part], groups, norm_before_gate, eps, gate, result)
+        if result is not out:
+            out.copy_(result)
     return y
 
 
@@ -52,7 +53,7 @@ def backward(
         value, grad = rows[part].to(dtype), grads[part].to(dtype)
         normed, h, product, gate, slope = scratch[:, : len(value)]
         if gates is not None:
-            silu_(gate.copy_(gates[part]), product)
+            silu(product.copy_(gates[part]), out=gate)
             silu_slope_(slope.copy_(gates[part]), product)
         u = torch.mul(value, gate, out=normed) if gate_first else value
         inverse = _inverse_rms(u, eps)
@@ -74,6 +75,24 @@ def backward(
 def _rows(x: Tensor, group_size: int) -> Tensor:
     """`(rows, groups, group_size)`, a view wherever the rows are evenly spaced."""
     return x.reshape(-1, x.shape[-1] // group_size, group_size)
+
+
+def _normalise(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    norm_before_gate: bool,
+    eps: float,
+    scratch: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One block, over its last dimension, in the dtype of `weight`; `scratch` holds the gate, `out` the result."""
+    u = x.to(weight.dtype)
+    gate = None if z is None else silu(z.to(weight.dtype), out=scratch)
+    if gate is not None and not norm_before_gate:
+        u = gate.mul_(u)
+    y = torch.mul(u, _inverse_rms(u, eps), out=out).mul_(weight)
+    return y if gate is None or not norm_before_gate else y.mul_(gate)
 
 
 def _inverse_rms(u: Tensor, eps: float) -> Tensor:
