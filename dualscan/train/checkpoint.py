@@ -2,7 +2,7 @@
 
 ```
 run/
-  config.json            the resolved run configuration
+  run.json               the resolved run configuration
   latest                 the name of the newest complete checkpoint
   step-000100/           what `model.save` writes (safetensors and JSON), the tokenizer's files, and
     train.safetensors    optimizer state and random-number-generator states
@@ -29,7 +29,7 @@ from torch import Tensor
 from dualscan.data._files import write_text
 
 LATEST = "latest"
-CONFIG = "config.json"
+CONFIG = "run.json"
 _TENSORS, _STATE = "train.safetensors", "train.json"
 _FORMAT = 1
 

@@ -1,10 +1,11 @@
 """Metrics as JSON lines: one flushed line per record, so that a run that dies keeps everything it measured."""
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from dualscan.data._files import write_text
 
 Record = dict[str, Any]
 
@@ -35,19 +36,13 @@ class MetricsLog:
         path: the file; made where it does not exist.
         after_step: keep only what is there up to this step, because training goes on from it; None starts an empty
             file.
-        active: False on all ranks but one: nothing is written.
     """
 
-    def __init__(self, path: Path, *, after_step: int | None = None, active: bool = True) -> None:
-        self._file = None
-        if not active:
-            return
+    def __init__(self, path: Path, *, after_step: int | None = None) -> None:
         kept = []
         if after_step is not None and path.exists():
             kept = [record for record in read(path) if record["step"] <= after_step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, step: int, **values: float | int | str | None) -> None:
@@ -57,14 +52,12 @@ class MetricsLog:
             step: optimizer steps done.
             **values: names and numbers, such as `loss`, `lr`, `tokens_per_s`, `validation_bpb`.
         """
-        if self._file is not None:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
         """Closes the file; writing afterwards is an error."""
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -19,7 +19,7 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def smooth(values: Sequence[float], span: int) -> np.ndarray:
+def smooth(values: Sequence[float] | np.ndarray, span: int) -> np.ndarray:
     """Centred moving average whose window grows from 1 at the start, where the curve is steep, to `2 * span + 1`.
 
     Example:

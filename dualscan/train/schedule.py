@@ -5,14 +5,22 @@ Hutter, arXiv 1608.03983), warmup-stable-decay (Hu et al., arXiv 2404.06395, sec
 """
 
 import math
+from collections import deque
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 Schedule = Literal["cosine", "wsd", "constant"]
 
 # WSD spends this last part of the run on its linear decay; arXiv 2404.06395 finds 10 % to be enough, 20 % safer for
 # short runs.
 WSD_DECAY_FRACTION = 0.2
+
+# A time budget becomes a step count after this many measured steps, the first of a process not being typical.
+PLAN_AFTER_STEPS = 3
+UNTYPICAL_STEPS = 2
+# The speed is the mean over this many steps, and the plan follows it when it would miss the budget by this part of it.
+RECENT_STEPS = 50
+PLAN_TOLERANCE = 0.05
 
 
 def warmup(step: int, warmup_steps: int) -> float:
@@ -70,19 +78,67 @@ def lr_factor(
     return warmup(step, warmup_steps) * (min_ratio + (1.0 - min_ratio) * _SHAPES[schedule](progress))
 
 
-def affordable_steps(step: int, *, seconds_left: float, seconds_per_step: float) -> int:
-    """The total step count that a time budget allows: the steps done and those that still fit.
+class StepBudget:
+    """How many steps a run takes, from a step count, a time budget, or both (whichever ends first).
+
+    A time budget becomes a step count as soon as a few steps are measured. That count stays, so that the schedule is a
+    function of the step alone, until the measured speed would miss the budget by more than `PLAN_TOLERANCE` of it.
 
     Args:
-        step: steps done.
-        seconds_left: training time left, in seconds; negative counts as none.
-        seconds_per_step: measured cost of one step, in seconds.
+        max_steps: steps of the run, or None.
+        max_minutes: training time of the run in minutes, or None.
 
-    Returns:
-        `step + floor(seconds_left / seconds_per_step)`.
-
-    Example:
-        >>> affordable_steps(10, seconds_left=9.9, seconds_per_step=0.5)
-        29
+    Attributes:
+        total_steps: the planned steps; None until a time budget is translated.
+        seconds: training time so far.
     """
-    return step + max(0, math.floor(seconds_left / seconds_per_step))
+
+    def __init__(self, *, max_steps: int | None, max_minutes: float | None) -> None:
+        self._max_steps, self._max_minutes = max_steps, max_minutes
+        self.total_steps = max_steps if max_minutes is None else None
+        self.seconds = 0.0
+        self._untypical = UNTYPICAL_STEPS
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+
+    def done(self, step: int) -> bool:
+        """Whether the steps are done or the time is spent."""
+        spent = self._max_minutes is not None and self.seconds >= 60.0 * self._max_minutes
+        return spent or any(limit is not None and step >= limit for limit in (self.total_steps, self._max_steps))
+
+    def record(self, step: int, seconds: float) -> None:
+        """Accounts for a step that took `seconds`; `step` counts it."""
+        self.seconds += seconds
+        if self._untypical:
+            self._untypical -= 1
+            return
+        self._recent.append(seconds)
+        if self._max_minutes is None or len(self._recent) < PLAN_AFTER_STEPS:
+            return
+        left = 60.0 * self._max_minutes - self.seconds
+        if self.total_steps is not None:
+            missed = (self.total_steps - step) * self.seconds_per_step - left
+            if abs(missed) <= PLAN_TOLERANCE * 60.0 * self._max_minutes:
+                return
+        self.total_steps = step + max(0, math.floor(left / self.seconds_per_step))
+        if self._max_steps is not None:
+            self.total_steps = min(self.total_steps, self._max_steps)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean over the last steps; 0 while none is measured."""
+        return sum(self._recent) / len(self._recent) if self._recent else 0.0
+
+    def state_dict(self) -> dict[str, float | int | None]:
+        """What a checkpoint stores."""
+        return {
+            "max_steps": self._max_steps,
+            "max_minutes": self._max_minutes,
+            "total_steps": self.total_steps,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a `state_dict`; the plan is kept if it was made for the same limits."""
+        self.seconds = state["seconds"]
+        if (state["max_steps"], state["max_minutes"]) == (self._max_steps, self._max_minutes):
+            self.total_steps = state["total_steps"]

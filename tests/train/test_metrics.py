@@ -40,12 +40,6 @@ def test_a_cut_last_line_is_left_out_and_a_broken_one_named(tmp_path):
         read(path)
 
 
-def test_only_one_rank_writes(tmp_path):
-    with MetricsLog(tmp_path / "metrics.jsonl", active=False) as log:
-        log.write(1, loss=1.0)
-    assert list(tmp_path.iterdir()) == []
-
-
 def records(n):
     train = [{"step": s, "tokens": 10 * s, "seconds": 0.5 * s, "train_bpb": 8.0 / s} for s in range(1, n + 1)]
     return [*train, {"step": n, "tokens": 10 * n, "validation_bpb": 8.0 / n}]

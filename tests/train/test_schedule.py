@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualscan.train.schedule import WSD_DECAY_FRACTION, affordable_steps, lr_factor
+from dualscan.train.schedule import PLAN_TOLERANCE, WSD_DECAY_FRACTION, StepBudget, lr_factor
 
 RUN = {"total_steps": 101, "warmup_steps": 10}
 
@@ -56,6 +56,52 @@ def test_an_unplanned_run_stays_at_the_peak():
     assert lr_factor(1000, total_steps=None, warmup_steps=10, min_ratio=0.0) == 1.0
 
 
-def test_affordable_steps():
-    assert affordable_steps(7, seconds_left=10.0, seconds_per_step=3.0) == 10
-    assert affordable_steps(7, seconds_left=-1.0, seconds_per_step=3.0) == 7
+def run_at(seconds_per_step, *, max_steps=None, max_minutes=None):
+    """The steps of a run whose steps take the given time each, and the plans it made."""
+    budget, step, plans = StepBudget(max_steps=max_steps, max_minutes=max_minutes), 0, []
+    while not budget.done(step):
+        step += 1
+        budget.record(step, seconds_per_step(step))
+        if plans[-1:] != [budget.total_steps]:
+            plans.append(budget.total_steps)
+    return step, plans, budget
+
+
+def test_a_step_count_is_the_plan():
+    assert run_at(lambda step: 100.0, max_steps=7)[:2] == (7, [7])
+
+
+def test_a_steady_run_is_planned_once():
+    """Two slow first steps of 3 s, then 0.5 s each: 6 + 0.5 * 108 s fill a minute; nothing is planned before step 5."""
+    step, plans, budget = run_at(lambda step: 3.0 if step <= 2 else 0.5, max_minutes=1.0)
+    assert (step, plans) == (110, [None, 110])
+    assert budget.seconds == 60.0
+
+
+def test_the_shorter_limit_ends_the_run():
+    assert run_at(lambda step: 0.5, max_steps=20, max_minutes=1.0)[0] == 20
+    assert run_at(lambda step: 0.5, max_steps=500, max_minutes=1.0)[0] == 120
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.5, 1.0), (1.0, 0.5)])
+def test_a_change_of_speed_is_planned_for(before, after):
+    """The run ends within the tolerance of its budget, at the end of its schedule."""
+    step, plans, budget = run_at(lambda step: before if step <= 40 else after, max_minutes=2.0)
+    assert len(plans) > 2
+    assert 120 * (1 - PLAN_TOLERANCE) <= budget.seconds <= 120 + after
+    assert step >= plans[-1] - PLAN_TOLERANCE * 120 / after
+
+
+def test_very_slow_steps_still_end():
+    step, plans, _ = run_at(lambda step: 50.0, max_minutes=1.0)
+    assert (step, plans) == (2, [None])
+
+
+def test_a_resumed_budget_keeps_its_plan_unless_the_limits_changed():
+    _, _, budget = run_at(lambda step: 0.5, max_minutes=1.0)
+    same = StepBudget(max_steps=None, max_minutes=1.0)
+    same.load_state_dict(budget.state_dict())
+    assert (same.total_steps, same.seconds) == (120, 60.0)
+    longer = StepBudget(max_steps=None, max_minutes=2.0)
+    longer.load_state_dict(budget.state_dict())
+    assert (longer.total_steps, longer.seconds) == (None, 60.0)

@@ -1,0 +1,191 @@
+"""Prefill, then one token at a time, with the model's state as a value that goes in and comes out.
+
+A state space model carries a state of constant size, so that every step costs the same, however long the text before
+it.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from dualscan.generate.sampling import Sampling, distribution, draw
+
+if TYPE_CHECKING:
+    from dualscan.models.lm import MambaLM
+
+# Longer prompts are read in pieces of this many tokens: the activations of one piece bound the memory of a prefill.
+PREFILL_TOKENS = 2048
+
+
+class GenerateOutput(NamedTuple):
+    """Generated tokens.
+
+    Attributes:
+        tokens: `(batch, n)` int64; a row that stopped is filled up with its stop id.
+        lengths: `(batch,)` int64, tokens of each row before its stop id.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+
+
+@torch.inference_mode()
+def prefill(model: "MambaLM", prompts: Tensor | Sequence[Tensor]) -> tuple[Tensor, Any]:
+    """Reads the prompts.
+
+    Args:
+        model: on the device that the prompts will be moved to.
+        prompts: `(batch, seqlen)` int64, or a sequence of `batch` one-dimensional int64 tensors of any lengths >= 1.
+            Prompts of different lengths are read as one packed sequence, each from a fresh state.
+
+    Returns:
+        The logits after each prompt, `(batch, vocab_size)`, and the model's state, of the same batch size.
+
+    Raises:
+        ValueError: no prompt, an empty one, or a wrong shape.
+        TypeError: tokens that are not int64.
+    """
+    device = next(model.parameters()).device
+    rows = _rows(prompts)
+    lengths = [row.shape[0] for row in rows]
+    if len(set(lengths)) == 1:
+        tokens, state, logits = torch.stack(rows).to(device), None, None
+        for piece in tokens.split(PREFILL_TOKENS, dim=1):
+            logits, state = model(piece, state=state, logits_to_keep=1)
+        assert logits is not None
+        return logits[:, -1], state
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    logits, state = model(torch.cat(rows)[None].to(device), cu_seqlens=ends.to(device))
+    return logits[0, (ends[1:] - 1).to(device)], state
+
+
+def _rows(prompts: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(prompts, Tensor) and prompts.ndim != 2:
+        raise ValueError(
+            f"prompts have shape {tuple(prompts.shape)}; expected (batch, seqlen): use tokens[None] for one."
+        )
+    rows = list(prompts)
+    if not rows:
+        raise ValueError("no prompt was given; pass at least one.")
+    for index, row in enumerate(rows):
+        if row.ndim != 1:
+            raise ValueError(f"prompt {index} has shape {tuple(row.shape)}; expected (seqlen,).")
+        if row.dtype != torch.int64:
+            raise TypeError(f"prompt {index} has dtype {row.dtype}; tokens are torch.int64 (tokens.long()).")
+        if row.shape[0] == 0:
+            raise ValueError(f"prompt {index} is empty; begin with the tokenizer's eos_id, which opens a document.")
+    return rows
+
+
+@torch.inference_mode()
+def stream(
+    model: "MambaLM",
+    prompts: Tensor | Sequence[Tensor],
+    *,
+    max_tokens: int = 128,
+    sampling: Sampling | None = None,
+    stop_ids: Collection[int] = (),
+    seed: int | None = None,
+) -> Iterator[Tensor]:
+    """Yields the next token of every row until all rows have stopped or `max_tokens` are made.
+
+    Args:
+        model: the language model.
+        prompts: `(batch, seqlen)` int64, or one-dimensional int64 tensors of different lengths.
+        max_tokens: tokens to make at most, for each row.
+        sampling: how a token is drawn; None is `Sampling()`, plain sampling at temperature 1.
+        stop_ids: a row ends at any of these; the stop id is yielded, and again for as long as other rows go on.
+        seed: equal seeds draw equal tokens on one device; None draws from PyTorch's global generator.
+
+    Yields:
+        `(batch,)` int64 on the model's device.
+
+    Raises:
+        ValueError: `max_tokens` is negative, or the prompts are not as described.
+    """
+    if max_tokens < 0:
+        raise ValueError(f"max_tokens={max_tokens} must be 0 or more.")
+    if max_tokens == 0:
+        return
+    sampling = sampling or Sampling()
+    vocab_size = model.config.vocab_size  # the logits beyond belong to padding rows of the embedding
+    logits, state = prefill(model, prompts)
+    logits = logits[:, :vocab_size]
+    generator = None if seed is None else Generator(device=logits.device).manual_seed(seed)
+    seen = _seen(_rows(prompts), logits) if sampling.repetition_penalty != 1.0 else None
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=logits.device)
+    stopped = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
+    tokens = torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
+    for made in range(1, max_tokens + 1):
+        drawn = draw(distribution(logits, sampling, seen), generator)
+        tokens = torch.where(stopped, tokens, drawn)
+        stopped = stopped | torch.isin(tokens, stops)
+        yield tokens
+        if made == max_tokens or (stop_ids and stopped.all()):
+            return
+        if seen is not None:
+            seen = seen.scatter(1, tokens[:, None], True)
+        logits, state = model(tokens[:, None], state=state)
+        logits = logits[:, -1, :vocab_size]
+
+
+def _seen(rows: list[Tensor], logits: Tensor) -> Tensor:
+    """`(batch, vocab_size)` bool: the tokens of each prompt."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        row = row.to(logits.device)
+        seen[index, row] = True
+    return seen
+
+
+def generate(
+    model: "MambaLM",
+    prompts: Tensor | Sequence[Tensor],
+    *,
+    max_tokens: int = 128,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop_ids: Collection[int] = (),
+    seed: int | None = None,
+) -> GenerateOutput:
+    """Continues each prompt.
+
+    Args:
+        model: the language model.
+        prompts: `(batch, seqlen)` int64, or one-dimensional int64 tensors of different lengths.
+        max_tokens: tokens to make at most, for each row.
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep the k most likely tokens; None keeps all.
+        top_p: keep the smallest set of most likely tokens whose probability reaches this; None keeps all.
+        min_p: keep tokens at least this many times as likely as the most likely one; None keeps all.
+        repetition_penalty: above 1 makes tokens less likely that are in the prompt or already made.
+        stop_ids: a row ends at any of these.
+        seed: equal seeds draw equal tokens on one device; None draws from PyTorch's global generator.
+
+    Returns:
+        `tokens` `(batch, n)` int64 without the prompts, and `lengths` `(batch,)`.
+
+    Raises:
+        ValueError: a sampling value out of its range, or prompts that are not as described.
+    """
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    columns = list(
+        stream(
+            model,
+            prompts,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            seed=seed,
+        )
+    )
+    tokens = torch.stack(columns, dim=1) if columns else torch.empty(len(_rows(prompts)), 0, dtype=torch.int64)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=tokens.device)
+    return GenerateOutput(tokens, (~torch.isin(tokens, stops)).sum(dim=1))

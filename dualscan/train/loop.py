@@ -1,0 +1,308 @@
+"""The training loop: one process, one device; everything it needs to continue goes into its checkpoints."""
+
+import logging
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from dualscan.data._files import write_text
+from dualscan.data.corpus import prepare
+from dualscan.data.loader import Loader
+from dualscan.data.packing import IGNORE_INDEX
+from dualscan.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from dualscan.models.lm import MambaLM
+from dualscan.models.weights import load as load_model
+from dualscan.train import checkpoint, metrics, plot
+from dualscan.train.checkpoint import TrainState
+from dualscan.train.config import TrainConfig, to_json
+from dualscan.train.evaluate import Evaluation, evaluate, total_nll
+from dualscan.train.optim import adamw, load_state_tensors, state_tensors
+from dualscan.train.runtime import StopSignals, pick_device, pick_precision
+from dualscan.train.schedule import StepBudget, lr_factor
+
+logger = logging.getLogger("dualscan.train")
+
+BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss or the gradient is no longer finite."""
+
+
+class TrainResult(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        checkpoint: the folder of its last checkpoint.
+        step: optimizer steps done.
+        seconds: training time, without evaluation and saving.
+        validation: on all held-out text; None when the run was interrupted.
+        interrupted: the signal that ended it, or None.
+    """
+
+    checkpoint: Path
+    step: int
+    seconds: float
+    validation: Evaluation | None
+    interrupted: str | None
+
+
+def read_tokenizer(path: Path | None) -> Tokenizer:
+    """The tokenizer of a configuration: a file or folder, or bytes for None."""
+    return ByteTokenizer() if path is None else load_tokenizer(path)
+
+
+class Trainer:
+    """A run in progress.
+
+    Args:
+        config: the run.
+        resume: continue from the newest checkpoint in `config.out`.
+        overwrite: replace a run that `config.out` already holds.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: `config.out` holds a run and neither flag is given, there is nothing to resume, the checkpoint does
+            not fit the configuration, or the tokenizer has more ids than the model.
+    """
+
+    def __init__(
+        self, config: TrainConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True
+    ) -> None:
+        self.config = config
+        newest = checkpoint.latest_or_none(config.out)
+        if newest is not None and not resume and not overwrite:
+            raise ValueError(
+                f"{config.out} already holds a run ({newest.name}); continue it with --resume {config.out}, replace it "
+                f"with --overwrite, or choose another --out."
+            )
+        self._progress = progress
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.device = pick_device(config.device)
+        self.precision = pick_precision(config.dtype, self.device)
+        self.tokenizer = read_tokenizer(config.tokenizer)
+        if self.tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.tokenizer.vocab_size} ids, the model's vocab_size is "
+                f"{config.model.vocab_size}; use at least as many."
+            )
+        self.corpus = prepare(config.data, self.tokenizer, cache=config.out.parent / "tokens")
+        self.loader = Loader(
+            self.corpus.train,
+            batch_size=config.batch_size,
+            seqlen=config.seqlen,
+            packed=config.packed,
+            seed=config.seed,
+        )
+        self.step, self.tokens = 0, 0
+        self.budget = StepBudget(max_steps=config.max_steps, max_minutes=config.max_minutes)
+        self._saved: Path | None = None
+        if resume:
+            self._restore(checkpoint.find(config.out))
+        else:
+            torch.manual_seed(config.seed)
+            self.model = MambaLM(config.model).to(self.device)
+            self.optimizer = self._new_optimizer()
+            if newest is not None:
+                _remove_run(config.out)
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_text(config.out / checkpoint.CONFIG, to_json(config))
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        return adamw(self.model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+    def _restore(self, folder: Path) -> None:
+        state = checkpoint.load(folder)
+        self.model = load_model(folder, device=self.device)
+        if self.model.config != self.config.model:
+            raise ValueError(f"{folder} holds another model than the configuration; resume without --model options.")
+        self.optimizer = self._new_optimizer()
+        values = state.values
+        try:
+            load_state_tensors(self.optimizer, _without_prefix(state.tensors, "optimizer/"))
+            self.loader.load_state_dict(values["loader"])
+            self.budget.load_state_dict(values["budget"])
+            self.step, self.tokens = values["step"], values["tokens"]
+            torch.set_rng_state(state.tensors["rng/cpu"])
+            if self.device.type == "cuda" and "rng/cuda" in state.tensors:
+                torch.cuda.set_rng_state(state.tensors["rng/cuda"], self.device)
+        except KeyError as missing:
+            raise ValueError(f"{folder} cannot be resumed: it has no {missing}.") from missing
+        self._saved = folder
+
+    def run(self) -> TrainResult:
+        """Trains to the end, or to the first Ctrl-C or SIGTERM; writes metrics, checkpoints and the loss curve.
+
+        Raises:
+            TrainingDivergedError: the loss is not finite; the last checkpoint stays.
+            OSError: a checkpoint cannot be written; the one before it stays.
+        """
+        config, validation = self.config, None
+        log = metrics.MetricsLog(config.out / metrics.FILE, after_step=self.step if self.step else None)
+        with log, StopSignals() as signals, self._bar() as bar:
+            while not self.budget.done(self.step) and not signals.requested:
+                loss, grad_norm = self._train_step()
+                bits = self._bits_per_byte(loss)
+                bar.total = self.budget.total_steps
+                bar.set_postfix_str(f"loss {loss:.3f}, {bits:.3f} bits/byte, {self._speed():,.0f} tokens/s", False)
+                bar.update()
+                if self.step % config.log_every == 0 or self.step == 1:
+                    log.write(
+                        self.step,
+                        tokens=self.tokens,
+                        seconds=round(self.budget.seconds, 3),
+                        loss=loss,
+                        train_bpb=bits,
+                        grad_norm=grad_norm,
+                        lr=self.optimizer.param_groups[0]["lr"],
+                        tokens_per_s=round(self._speed(), 1),
+                        total_steps=self.budget.total_steps,
+                    )
+                if config.eval_every and self.step % config.eval_every == 0 and not self.budget.done(self.step):
+                    result = self.evaluate(max_tokens=config.eval_tokens)
+                    log.write(self.step, tokens=self.tokens, validation_bpb=result.bits_per_byte)
+                    logger.info("step %d: %.3f validation bits per byte", self.step, result.bits_per_byte)
+                if config.save_every and self.step % config.save_every == 0:
+                    self.save()
+            bar.refresh()
+            if not signals.requested:
+                validation = self.evaluate()
+                log.write(self.step, tokens=self.tokens, validation_bpb=validation.bits_per_byte, final=True)
+        folder = self.save()
+        self._draw()
+        return TrainResult(folder, self.step, self.budget.seconds, validation, signals.requested)
+
+    def _bar(self) -> tqdm:
+        return tqdm(
+            total=self.budget.total_steps,
+            initial=self.step,
+            desc="training",
+            bar_format=BAR_FORMAT,
+            mininterval=0.5 if sys.stderr.isatty() else 20.0,
+            disable=not self._progress,
+        )
+
+    def _train_step(self) -> tuple[float, float]:
+        """One optimizer step; returns the loss in nats per token and the norm of the gradient before clipping."""
+        started = time.perf_counter()
+        config = self.config
+        factor = lr_factor(
+            self.step,
+            total_steps=self.budget.total_steps,
+            warmup_steps=config.warmup_steps,
+            min_ratio=config.min_lr_ratio,
+            schedule=config.schedule,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * factor
+        batches = [next(self.loader) for _ in range(config.accumulation)]
+        count = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
+        summed = torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            nll = total_nll(self.model, batch, self.precision)
+            (nll / count).backward()
+            summed += nll.detach().cpu().double()
+        loss = summed.item() / count
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf).item()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingDivergedError(self._diverged(loss, grad_norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.tokens += config.tokens_per_step
+        self.budget.record(self.step, time.perf_counter() - started)
+        return loss, grad_norm
+
+    def _diverged(self, loss: float, grad_norm: float) -> str:
+        kept = f"{self._saved} is intact" if self._saved else "no checkpoint was saved before"
+        lr = self.optimizer.param_groups[0]["lr"]
+        return (
+            f"step {self.step + 1} gives loss {loss} and gradient norm {grad_norm} at learning rate {lr:.3g}; {kept}. "
+            f"Try --lr {self.config.lr / 3:.1g} or more --warmup-steps."
+        )
+
+    def _speed(self) -> float:
+        """Tokens a second over the last steps."""
+        per_step = self.budget.seconds_per_step or self.budget.seconds
+        return self.config.tokens_per_step / per_step
+
+    def _bits_per_byte(self, nats_per_token: float) -> float:
+        """Bits per byte of training text, with the corpus's mean bytes per token."""
+        source = self.corpus.train
+        return nats_per_token / math.log(2.0) * len(source) / int(source.document_nbytes.sum())
+
+    def evaluate(self, max_tokens: int | None = None) -> Evaluation:
+        """The held-out text's likelihood; all of it for `max_tokens=None`."""
+        config = self.config
+        return evaluate(
+            self.model,
+            self.corpus.validation,
+            self.tokenizer,
+            seqlen=config.seqlen,
+            batch_size=config.batch_size,
+            precision=self.precision,
+            packed=config.packed,
+            max_tokens=max_tokens,
+        )
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this step, unless it is on disk already."""
+        if self._saved is not None and self._saved == checkpoint.step_folder(self.config.out, self.step):
+            return self._saved
+        tensors = {f"optimizer/{name}": tensor for name, tensor in state_tensors(self.optimizer).items()}
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        values = {
+            "tokens": self.tokens,
+            "budget": self.budget.state_dict(),
+            "loader": self.loader.state_dict(),
+        }
+
+        def write_model(folder: Path) -> None:
+            self.model.save(folder)
+            self.tokenizer.save(folder)
+
+        self._saved = checkpoint.save(
+            self.config.out,
+            self.step,
+            write_model=write_model,
+            state=TrainState(tensors, values),
+            keep=self.config.keep,
+        )
+        return self._saved
+
+    def _draw(self) -> None:
+        if not plot.available():
+            logger.info(plot.MISSING)
+            return
+        records = metrics.read(self.config.out / metrics.FILE)
+        if any("train_bpb" in record for record in records):
+            size = sum(parameter.numel() for parameter in self.model.parameters())
+            title = f"{self.config.out.name}: {size / 1e6:.2g}M parameters, {self.corpus.name}"
+            plot.loss_curve(records, self.config.out / "loss.png", title=title)
+
+
+def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> TrainResult:
+    """Runs a configuration to its end; see `Trainer` and `Trainer.run`."""
+    return Trainer(config, resume=resume, overwrite=overwrite, progress=progress).run()
+
+
+def _without_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _remove_run(run: Path) -> None:
+    """Deletes the checkpoints and metrics of a run, and nothing else in its folder."""
+    for step in checkpoint.saved_steps(run):
+        shutil.rmtree(checkpoint.step_folder(run, step))
+    for name in (checkpoint.LATEST, metrics.FILE, "loss.png"):
+        (run / name).unlink(missing_ok=True)
