@@ -1,6 +1,7 @@
 # Every target works from a bare checkout with Python >= 3.11 and GNU make >= 3.81: it makes .venv and installs what it needs.
 
 PYTHON ?= python3
+JOB ?= models.lm_cpu
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
@@ -19,7 +20,7 @@ help:
 	@echo "make test    lint, layers, dependencies, types and all tests"
 	@echo "make lint    the same without the tests"
 	@echo "make docs    build the documentation into site/"
-	@echo "make bench   run the benchmarks and print their tables"
+	@echo "make bench   time the 130M language model on the CPU; make bench JOB=... runs another job"
 	@echo "make clean   delete .venv and everything that was built or cached"
 	@echo "Another interpreter: make PYTHON=python3.12 test"
 
@@ -43,7 +44,7 @@ docs: $(DOCS)
 	@$(BIN)/mkdocs build --strict
 
 bench: $(DEV)
-	@$(BIN)/dualscan bench
+	@$(BIN)/dualscan bench $(JOB)
 
 clean:
 	rm -rf $(VENV) site dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
