@@ -266,10 +266,15 @@ def _step_size(
     if dt_bias is not None:
         dt = dt + dt_bias.to(dtype)
     if dt_softplus:
-        dt = F.softplus(dt)
+        dt = _softplus(dt)
     if dt_limit != (0.0, math.inf):
         dt = dt.clamp(*dt_limit)
     return dt
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)); unlike `F.softplus` it rounds an element the same wherever it stands in memory."""
+    return torch.log1p(torch.exp(x.clamp(max=20.0))) + F.relu(x - 20.0)
 
 
 def _gate(y: Tensor, x: Tensor, z: Tensor | None, op: str) -> Tensor:

@@ -16,10 +16,9 @@ from dualscan.ops.varlen import common_length, sequence_spans
 DEFAULT_CHUNK_SIZE = 64
 # exp of this is exactly 0 in float64: a log-decay clamped here still resets the state, and sums of it stay precise.
 LOWEST_LOG_DECAY = -1000.0
-# Beyond this many powers of two float32 differences of prefix sums lose too many bits and are taken in float64.
-WIDE_RANGE = 256.0
-# Powers of two below this become exactly 0: a matrix product with subnormal numbers is over 100 times slower on a CPU.
-SMALLEST_EXPONENT = {torch.float32: -100.0, torch.float64: -960.0}
+# Decays of less than exp of this become exactly 0: on a CPU exp is 100 times slower where it underflows, and a matrix
+# product is as slow with subnormal numbers.
+SMALLEST_EXPONENT = {torch.float32: -69.0, torch.float64: -665.0}
 # Elements of x in a chunk of rows that are computed together: the working set stays in the second-level cache.
 CHUNK_ELEMENTS = 2**17
 
@@ -148,11 +147,10 @@ class Layout:
 class Decays:
     """What the log-decays of a piece give, for every chunk.
 
-    Sums are kept in powers of two: exp2 takes the same time for every argument, exp is up to 200 times slower where it
-    underflows.
+    The prefix sums and their differences are float64: one steep token would cost every mild one after it its precision.
     """
 
-    sums: Tensor  # (m, c, k, q) cs * log2(e); float64 where the range is wide
+    sums: Tensor  # (m, c, k, q) cs, float64
     upper: Tensor  # (q, q) -inf above the diagonal, else 0
     scale: Tensor | None  # (m, c, k, 1, q)
     from_start: Tensor  # (m, c, q, k, 1) exp(cs_i)
@@ -168,19 +166,16 @@ class Decays:
             t = F.pad(t, (0, 0, 0, pad)).unflatten(2, (layout.ngroups, -1)).permute(0, 2, 3, 1)
             return t.flatten(0, 1).unflatten(-1, (-1, chunk)).transpose(1, 2)
 
-        powers = log_decay.clamp(min=LOWEST_LOG_DECAY).double() * math.log2(math.e)
-        sums = by_chunk(powers).cumsum(-1)
+        sums = by_chunk(log_decay.clamp(min=LOWEST_LOG_DECAY).double()).cumsum(-1)
         last = sums[..., -1:]
-        # Looking at the values would synchronise a GPU, so float64 is taken there always.
-        wide = sums.device.type != "cpu" or bool(sums.amin() < -WIDE_RANGE)
         columns = (0, 1, 3, 2)
         return cls(
-            sums=sums if wide else sums.to(dtype),
+            sums=sums,
             upper=torch.full((chunk, chunk), float("-inf"), dtype=dtype, device=sums.device).triu_(1),
             scale=None if scale is None else by_chunk(scale.to(dtype)).unsqueeze(-2),
-            from_start=_power(sums.to(dtype, copy=True)).permute(columns).unsqueeze(-1),
-            to_end=_power((last - sums).to(dtype)).permute(columns).unsqueeze(-1),
-            total=_power(last.to(dtype, copy=True)).unsqueeze(2),
+            from_start=_exp(sums.to(dtype, copy=True)).permute(columns).unsqueeze(-1),
+            to_end=_exp((last - sums).to(dtype)).permute(columns).unsqueeze(-1),
+            total=_exp(last.to(dtype, copy=True)).unsqueeze(2),
         )
 
     def mask(self, c: int, q: int) -> Tensor:
@@ -189,7 +184,7 @@ class Decays:
         The upper triangle is masked before the exponential, where it could overflow.
         """
         sums, upper = self.sums[:, c, :, :q], self.upper[:q, :q]
-        return _power((sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(upper.dtype).add_(upper))
+        return _exp((sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(upper.dtype).add_(upper))
 
     def token_scale(self, c: int, q: int) -> Tensor:
         """s_j of chunk `c`: (m, q, k, 1)."""
@@ -202,6 +197,10 @@ class Decays:
         return to_end if self.scale is None else to_end * self.token_scale(c, q)
 
 
-def _power(exponents: Tensor) -> Tensor:
-    """2 to the exponents, in place; exactly 0 where the result would be tiny."""
-    return torch.threshold_(exponents, SMALLEST_EXPONENT[exponents.dtype], float("-inf")).exp2_()
+def _exp(exponents: Tensor) -> Tensor:
+    """exp in place; exactly 0 where the result would be tiny.
+
+    Unlike exp2, exp rounds an element the same wherever it stands in memory: a sequence has the same bits in any batch.
+    """
+    lowest = SMALLEST_EXPONENT[exponents.dtype]
+    return torch.threshold_(exponents.clamp_(min=lowest).exp_(), 2 * math.exp(lowest), 0.0)
