@@ -29,16 +29,16 @@ def layer(dtype: torch.dtype = torch.float64, **options: Any) -> Attention:
 
 def by_hand(attention: Attention, u: Tensor) -> Tensor:
     """Head by head and token by token: complex rotation, scores, softmax, sum."""
-    d = attention.head_dim
+    d, theta = attention.head_dim, attention.rope_theta
 
     def heads(projection: torch.nn.Linear, turn: bool) -> list[list[Tensor]]:
         tokens = [projection(token).split(d) for token in u]
-        if turn and attention.rope_theta is not None:
-            tokens = [[rotated(h, t) for h in row] for t, row in enumerate(tokens)]
+        if turn and theta is not None:
+            tokens = [[rotated(h, t, theta) for h in row] for t, row in enumerate(tokens)]
         return [list(head) for head in zip(*tokens, strict=True)]
 
-    def rotated(h: Tensor, position: int) -> Tensor:
-        angles = torch.tensor([position * attention.rope_theta ** (-2 * i / d) for i in range(d // 2)], dtype=u.dtype)
+    def rotated(h: Tensor, position: int, theta: float) -> Tensor:
+        angles = torch.tensor([position * theta ** (-2 * i / d) for i in range(d // 2)], dtype=u.dtype)
         turned = torch.complex(h[: d // 2], h[d // 2 :]) * torch.polar(torch.ones_like(angles), angles)
         return torch.cat((turned.real, turned.imag))
 
@@ -79,8 +79,8 @@ def test_matches_llama():
         num_key_value_heads=2,
         head_dim=D // HEADS,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"
     theirs, ours = LlamaAttention(config, layer_idx=0), layer(torch.float32, rope_theta=10000.0)
     weights = {name.replace("o_proj", "out_proj"): t for name, t in theirs.state_dict().items()}
     ours.load_state_dict(weights)
@@ -113,6 +113,7 @@ def test_step_by_step_is_the_whole():
             part, carried = attention(token, carried)
             parts.append(part)
     assert_close("y", torch.cat(parts, dim=1), y, dtype=torch.float32)
+    assert carried is not None
     assert_close("k", carried.k, state.k, dtype=torch.float32)
     assert carried.lengths.tolist() == [9, 9]
 

@@ -1,9 +1,11 @@
 """The operator boundary: registration, tracing, derivatives, FLOPs, selective checkpointing."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,7 +39,7 @@ def test_opcheck(case: dict[str, Any], dtype: torch.dtype):
 
 
 def test_opcheck_of_the_backward():
-    x, weight, bias, states, _, silu = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments())
+    x, weight, bias, states, _, silu = (t.detach() if isinstance(t, Tensor) else t for t in arguments())
     inputs = (x, weight, bias, states, None, silu)
     for dfinal in (states, x.new_empty(0)):
         assert set(torch.library.opcheck(causal_conv1d_bwd, (x, dfinal, *inputs)).values()) == {"SUCCESS"}
@@ -49,7 +51,7 @@ def test_gradcheck(case: dict[str, Any]):
     *tensors, cu_seqlens, silu = arguments(channels=3, **{"seqlen": 6, **case})
     present = [t is not None for t in tensors]
 
-    def run(*given: torch.Tensor) -> Any:
+    def run(*given: Tensor) -> Any:
         values = iter(given)
         return causal_conv1d_fwd(*(next(values) if p else None for p in present), cu_seqlens, silu)
 
@@ -63,16 +65,15 @@ def test_compiles_without_a_break(lengths: list[int] | None, dynamic: bool):
         y, final = causal_conv1d(x.sin(), weight, bias, activation="silu", initial_states=states, cu_seqlens=cu_seqlens)
         return y.cos(), final.cos()
 
+    def evaluate(run: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Any, ...]) -> list[Tensor]:
+        y, final = run(*inputs)
+        return [y, final, *torch.autograd.grad(y.sum() + final.sum(), inputs[:4])]
+
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for seqlen in (7, 9):
-        *tensors, cu_seqlens, _ = arguments(seqlen=seqlen, lengths=None if lengths is None else [*lengths[:-1], seqlen])
-        expected = step(*tensors, cu_seqlens)
-        actual = compiled(*tensors, cu_seqlens)
-        grads = torch.autograd.grad(sum(t.sum() for t in actual), tensors)
-        for a, e in zip(
-            (*actual, *grads), (*expected, *torch.autograd.grad(sum(t.sum() for t in expected), tensors)), strict=True
-        ):
-            assert_close("compiled", a, e, dtype=torch.float64, gradient=True)
+        inputs = arguments(seqlen=seqlen, lengths=None if lengths is None else [*lengths[:-1], seqlen])[:5]
+        for actual, expected in zip(evaluate(compiled, inputs), evaluate(step, inputs), strict=True):
+            assert_close("compiled", actual, expected, dtype=torch.float64, gradient=True)
 
 
 def test_a_gradient_of_one_result_only():
