@@ -1,8 +1,8 @@
 """The portable fast path: the norms in cache-sized blocks of rows, forward and backward.
 
-With `u` what is normalised, `r = 1 / sqrt(mean(u^2) + eps)` and `n = u r`, the gradient of `n * weight` is, with `h =
-dy * weight`, `du = r (h - n mean(h n))`, means over a group. Gate and statistics are computed again in the backward;
-nothing but the inputs is kept.
+With `u` what is normalised, `r = 1 / sqrt(mean(u^2) + eps)` and `n = u r`, the gradient of `n * weight` with respect to
+`u` is `r (h - n mean(h n))`, where `h = dy * weight` and means are over a group. Gate and statistics are computed again
+in the backward; nothing but the inputs is kept.
 """
 
 import torch
