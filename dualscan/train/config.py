@@ -41,6 +41,8 @@ class TrainConfig:
         threads: CPU threads; None leaves PyTorch's choice.
         log_every: steps between metrics records.
         eval_every: steps between evaluations during the run; 0 evaluates at the end only.
+        eval_seqlen: tokens in a window of an evaluation; None is seqlen. A state space model may read longer ones than
+            it was trained on.
         eval_tokens: validation tokens of an evaluation during the run; the one at the end takes all.
         save_every: steps between checkpoints; 0 saves at the end only.
         keep: newest checkpoints that stay on disk.
@@ -69,6 +71,7 @@ class TrainConfig:
     threads: int | None = None
     log_every: int = 5
     eval_every: int = 100
+    eval_seqlen: int | None = None
     eval_tokens: int = 32768
     save_every: int = 200
     keep: int = 2
@@ -83,7 +86,7 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
         if self.max_steps is None and self.max_minutes is None:
             raise ValueError("max_steps and max_minutes are both None, so the run would never end; give one of them.")
-        for name in ("max_steps", "max_minutes", "threads", "lr"):
+        for name in ("max_steps", "max_minutes", "eval_seqlen", "threads", "lr"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive.")
@@ -109,7 +112,9 @@ def demo() -> TrainConfig:
         lr=5e-3,
         min_lr_ratio=0.0,
         warmup_steps=20,
+        log_every=2,
         eval_every=100,
+        eval_seqlen=1024,
         eval_tokens=16384,
         save_every=200,
         out=Path("runs/demo"),

@@ -174,7 +174,7 @@ class Trainer:
                     self.save()
             bar.refresh()
             if not signals.requested:
-                validation = self.evaluate()
+                validation = self.evaluate(progress=self._progress)
                 log.write(self.step, tokens=self.tokens, validation_bpb=validation.bits_per_byte, final=True)
         folder = self.save()
         self._draw()
@@ -239,18 +239,20 @@ class Trainer:
         source = self.corpus.train
         return nats_per_token / math.log(2.0) * len(source) / int(source.document_nbytes.sum())
 
-    def evaluate(self, max_tokens: int | None = None) -> Evaluation:
+    def evaluate(self, max_tokens: int | None = None, *, progress: bool = False) -> Evaluation:
         """The held-out text's likelihood; all of it for `max_tokens=None`."""
         config = self.config
+        seqlen = config.eval_seqlen or config.seqlen
         return evaluate(
             self.model,
             self.corpus.validation,
             self.tokenizer,
-            seqlen=config.seqlen,
-            batch_size=config.batch_size,
+            seqlen=seqlen,
+            batch_size=max(1, config.batch_size * config.seqlen // seqlen),
             precision=self.precision,
             packed=config.packed,
             max_tokens=max_tokens,
+            progress=progress,
         )
 
     def save(self) -> Path:

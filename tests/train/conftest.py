@@ -22,7 +22,7 @@ def text(tmp_path: Path) -> Path:
 def config(tmp_path: Path, text: Path) -> TrainConfig:
     """Twenty steps on it."""
     return TrainConfig(
-        model=dataclasses.replace(preset("tiny"), pattern="M"),
+        model=dataclasses.replace(preset("tiny"), pattern="M", chunk_size=8),
         data=text,
         seqlen=32,
         batch_size=2,

@@ -13,6 +13,7 @@ from dualscan.models.presets import preset
 from dualscan.models.weights import load
 from dualscan.train import checkpoint, loop, metrics
 from dualscan.train.config import from_json
+from dualscan.train.evaluate import evaluate
 from dualscan.train.loop import Trainer, TrainingDivergedError, train
 from tests.oracle import CAPS
 
@@ -150,6 +151,21 @@ def test_a_full_disk_stops_and_keeps_the_checkpoint(config, monkeypatch):
         quiet(config)
     monkeypatch.undo()
     assert quiet(config, resume=True).step == 20
+
+
+def test_evaluation_may_read_longer_windows(config):
+    trainer = Trainer(dataclasses.replace(config, eval_seqlen=128, max_steps=1), progress=False)
+    longer = trainer.evaluate()
+    by_hand = evaluate(
+        trainer.model,
+        trainer.corpus.validation,
+        trainer.tokenizer,
+        seqlen=128,
+        batch_size=1,
+        precision=trainer.precision,
+    )
+    assert longer == by_hand
+    assert longer.tokens == len(trainer.corpus.validation)
 
 
 def test_a_time_budget_ends_the_run_at_the_end_of_its_schedule(config):
