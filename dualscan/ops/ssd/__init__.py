@@ -101,10 +101,10 @@ def ssd(
         computed in float32.
     """
     validate.sequence("ssd", x, {"dt": dt}, B, C, initial_states, cu_seqlens, chunk_size)
-    validate.parameters("ssd", x, A, D, dt_bias, dt_limit)
+    validate.parameters("ssd", x, A, D, z, dt_bias, dt_limit)
     scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, blocks.compute_dtype(x))
     y, final_states = _core(x, scale, scale * A, B, C, D, initial_states, cu_seqlens, chunk_size, impl)
-    return SSDOutput(_gate(y, x, z, "ssd"), final_states)
+    return SSDOutput(_gate(y, z), final_states)
 
 
 def ssd_step(
@@ -164,11 +164,13 @@ def ssd_step(
     validate.heads("ssd_step", nheads, ngroups)
     validate.same_kind("ssd_step", "x", x, {"B": B, "C": C}, dtype=True)
     validate.state_dtype("ssd_step", "state", state, x)
-    validate.parameters("ssd_step", x, A, D, dt_bias, dt_limit)
+    validate.parameters("ssd_step", x, A, D, z, dt_bias, dt_limit)
     _dispatch.choose(STEP_OPERATOR, impl, x.device)
-    scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
-    y, next_state = reference.step(state, x, scale, scale * A, B, C, D)
-    return SSDOutput(_gate(y, x, z, "ssd_step"), next_state)
+    dtype = blocks.compute_dtype(x)
+    scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)
+    with blocks.without_autocast(x.device):
+        y, next_state = reference.step(state.to(dtype), x, scale, (scale * A).to(dtype), B, C, D)
+    return SSDOutput(_gate(y, z), next_state)
 
 
 STEP_OPERATOR = _dispatch.register(
@@ -228,15 +230,19 @@ def linear_attention(
     """
     op = "linear_attention"
     names = ("v", "k", "q")
-    values = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1) if normalize else v
+    validate.dimensions(op, "v", v, {"batch": None, "seqlen": None, "nheads": None, "headdim": None})
+    values = F.pad(v, (0, 1), value=1.0) if normalize else v
     validate.sequence(op, values, {"log_decay": log_decay}, k, q, initial_states, cu_seqlens, chunk_size, names)
     dtype = blocks.compute_dtype(v)
     if log_decay is None:
         log_decay = torch.zeros(v.shape[:-1], dtype=dtype, device=v.device)
+    if normalize:
+        # Sums of weights leave the range of float16, and their quotient would round three times.
+        q, k, values = q.to(dtype), k.to(dtype), values.to(dtype)
     if scale is not None:
         q = q * scale
     y, states = _core(values, None, log_decay.to(dtype), k, q, None, initial_states, cu_seqlens, chunk_size, impl)
-    return SSDOutput(y[..., :-1] / y[..., -1:] if normalize else y, states)
+    return SSDOutput((y[..., :-1] / y[..., -1:]).to(v.dtype) if normalize else y, states)
 
 
 def _core(
@@ -252,10 +258,11 @@ def _core(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     form = _dispatch.choose(OPERATOR, impl, x.device)
-    if form == "chunked":
-        chunk_size = chunk_size or blocks.DEFAULT_CHUNK_SIZE
-        return library.core(x, scale, log_decay, B, C, D, initial_states, cu_seqlens, chunk_size)
-    return reference.run(form, reference.Core(x, scale, log_decay, B, C), D, initial_states, cu_seqlens)
+    with blocks.without_autocast(x.device):
+        if form == "chunked":
+            chunk_size = chunk_size or blocks.DEFAULT_CHUNK_SIZE
+            return library.core(x, scale, log_decay, B, C, D, initial_states, cu_seqlens, chunk_size)
+        return reference.run(form, reference.Core(x, scale, log_decay, B, C), D, initial_states, cu_seqlens)
 
 
 def _step_size(
@@ -274,14 +281,8 @@ def _step_size(
 
 def _softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)); unlike `F.softplus` it rounds an element the same wherever it stands in memory."""
-    return torch.log1p(torch.exp(x.clamp(max=20.0))) + F.relu(x - 20.0)
+    return torch.log1p(torch.exp(x.clamp(max=40.0))) + F.relu(x - 40.0)
 
 
-def _gate(y: Tensor, x: Tensor, z: Tensor | None, op: str) -> Tensor:
-    if z is None:
-        return y
-    validate.dimensions(
-        op, "z", z, dict(zip(("batch", "seqlen", "nheads", "headdim")[-x.ndim :], x.shape, strict=True))
-    )
-    validate.same_kind(op, "x", x, {"z": z}, dtype=True)
-    return y * F.silu(z)
+def _gate(y: Tensor, z: Tensor | None) -> Tensor:
+    return y if z is None else y * F.silu(z)

@@ -91,13 +91,18 @@ class _SSD(torch.autograd.Function):
             return torch.ops.dualscan.ssd_fwd.default(*args)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads_out: Any) -> tuple[Tensor | None, ...]:
         dy, dfinal_states = grads_out
         inputs = ctx.saved_tensors
         if dy is None and dfinal_states is None:
             return (None,) * 9
-        grads = torch.ops.dualscan.ssd_bwd.default(dy, dfinal_states, *inputs, ctx.chunk_size)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "ssd: create_graph=True asks for a second derivative, which the chunked form does not have; "
+                "use impl='quadratic' or impl='recurrent'."
+            )
+        with blocks.without_autocast(inputs[0].device):
+            grads = torch.ops.dualscan.ssd_bwd.default(dy, dfinal_states, *inputs, ctx.chunk_size)
         # The last two arguments, cu_seqlens and chunk_size, have no gradient.
         return *(None if t is None else g for t, g in zip(inputs[:7], grads, strict=True)), None, None
 

@@ -151,7 +151,7 @@ def step(
     scaled = inputs if scale is None else inputs * scale.unsqueeze(-1)
     # (b * g, heads of the group * p, n): an outer product and a matrix-vector product per group, each one pass.
     rows = (batch * ngroups, nheads // ngroups * headdim)
-    decayed = (state * log_decay.exp()[:, :, None, None]).view(*rows, d_state)
+    decayed = (state * log_decay.exp()[:, :, None, None]).reshape(*rows, d_state)
     state = decayed.baddbmm_(scaled.reshape(*rows, 1), B.to(dtype).reshape(-1, 1, d_state))
     y = torch.bmm(state, C.to(dtype).reshape(-1, d_state, 1)).view(batch, nheads, headdim)
     if D is not None:

@@ -52,9 +52,15 @@ def heads(op: str, nheads: int, ngroups: int) -> None:
 
 
 def parameters(
-    op: str, x: Tensor, A: Tensor, D: Tensor | None, dt_bias: Tensor | None, dt_limit: tuple[float, float]
+    op: str,
+    x: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_limit: tuple[float, float],
 ) -> None:
-    """Checks the per-head parameters A, D and dt_bias, and the range of dt_limit."""
+    """Checks the per-head parameters A, D and dt_bias, the gate z, and the range of dt_limit."""
     nheads, headdim = x.shape[-2:]
     dimensions(op, "A", A, {"nheads": nheads})
     if A.dtype not in (torch.float32, torch.float64):
@@ -69,7 +75,11 @@ def parameters(
     if dt_bias is not None:
         dimensions(op, "dt_bias", dt_bias, {"nheads": nheads})
     same_kind(op, "x", x, {"A": A, "D": D, "dt_bias": dt_bias}, dtype=False)
-    if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
+    if z is not None:
+        names = ("batch", "seqlen", "nheads", "headdim") if x.ndim == 4 else ("batch", "nheads", "headdim")
+        dimensions(op, "z", z, dict(zip(names, x.shape, strict=True)))
+        same_kind(op, "x", x, {"z": z}, dtype=True)
+    if not isinstance(dt_limit, (tuple, list)) or len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(
             f"{op}: dt_limit={dt_limit} must be (low, high) with 0 <= low <= high; (0.0, inf) does not clamp."
         )
@@ -111,6 +121,8 @@ def sequence(
             op, "initial_states", initial_states, {**rows, "nheads": nheads, "headdim": headdim, "d_state": d_state}
         )
         state_dtype(op, "initial_states", initial_states, x)
+    if chunk_size is not None and not isinstance(chunk_size, (int, torch.SymInt)):
+        raise TypeError(f"{op}: chunk_size={chunk_size!r} must be an integer number of tokens, or None.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"{op}: chunk_size={chunk_size}; use a positive number of tokens, or None for the default.")
 
