@@ -245,6 +245,7 @@ def extra_bytes(run: Callable[[], tuple[Tensor, ...]]) -> int:
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    # pyrefly: ignore[missing-attribute] (the stubs of this extension type leave nbytes out)
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(itertools.accumulate(sizes)) - sum(t.untyped_storage().nbytes() for t in results)
 
