@@ -1,4 +1,4 @@
-"""State space models on PyTorch: structured state space duality (SSD), Mamba-2, Mamba and hybrids (arXiv 2405.21060)."""
+"""State space models on PyTorch: structured state space duality (SSD), Mamba-2 and hybrids (arXiv 2405.21060)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,8 @@
 """The one tolerance rule: error against the float64 recurrence, compared with the same-dtype portable form.
 
-`err(candidate) <= factor * err(yardstick) + floor` and `err(candidate) <= cap`, with err the relative RMS of the difference, and a
-max-abs guard against single wild elements. No test carries a literal of its own; loosening a cap is its own commit with the reason.
+`err(candidate) <= factor * err(yardstick) + floor` and `err(candidate) <= cap`, with err the relative RMS of the
+difference, and a max-abs guard against single wild elements. No test carries a literal of its own; loosening a cap is
+its own commit with the reason.
 """
 
 import torch
@@ -50,7 +51,8 @@ def assert_close(
         expected: the float64 oracle's result on the same rounded inputs.
         dtype: the dtype that the candidate computed in; it picks the row of the table.
         gradient: use the gradient column and factor.
-        yardstick: the portable form's result in the same dtype; when given, the candidate may be at most 2x (gradients 3x) worse.
+        yardstick: the portable form's result in the same dtype; when given, the candidate may be at most 2x (gradients
+            3x) worse.
     """
     error = relative_error(actual, expected)
     limit = CAPS[dtype][gradient]
@@ -61,4 +63,6 @@ def assert_close(
         difference = (actual.detach().double() - expected.detach().double()).abs().max().item()
         scale = expected.detach().double().square().mean().sqrt().item()
         guard = MAX_ABS_FACTOR * CAPS[dtype][gradient] * max(scale, expected.detach().abs().max().item())
-        assert difference <= guard or scale == 0, f"{name}: max abs error {difference:.3e} exceeds {guard:.3e} ({dtype})"
+        assert difference <= guard or scale == 0, (
+            f"{name}: max abs error {difference:.3e} exceeds {guard:.3e} ({dtype})"
+        )

@@ -1,12 +1,13 @@
 """Job `lm_cpu`: a 130M Mamba-2 on the CPU against `transformers`' Mamba2ForCausalLM (its PyTorch path), same weights.
 
-Prefill with all logits, a training step's forward and backward, and greedy decoding after a 512-token prompt; float32, and
-bfloat16 weights and matrix products with float32 decays, states and norms. `--lengths` shows how prefill grows with the
-prompt. Run it on an idle machine: `dualscan bench lm_cpu`.
+Prefill with all logits, a training step's forward and backward, and greedy decoding after a 512-token prompt; float32,
+and bfloat16 weights and matrix products with float32 decays, states and norms. `--lengths` shows how prefill grows with
+the prompt. Run it on an idle machine: `dualscan bench lm_cpu`.
 """
 
 import argparse
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,10 +137,10 @@ def measure(models: dict[str, nn.Module], config: ModelConfig, repeats: int) -> 
 
     for length in (512, 2048):
         tokens = torch.randint(config.vocab_size, (1, length), generator=generator)
-        runs = {name: (lambda n=name, m=model: prefill(n, m, tokens)) for name, model in models.items()}
+        runs = {name: partial(prefill, name, model, tokens) for name, model in models.items()}
         add(f"130m 1x{length}", "prefill", common.interleaved(runs, repeats=repeats))
     tokens = torch.randint(config.vocab_size, (1, 513), generator=generator)
-    runs = {name: (lambda n=name, m=model: training(n, m, tokens)) for name, model in models.items()}
+    runs = {name: partial(training, name, model, tokens) for name, model in models.items()}
     add("130m 1x512", "fwdbwd", common.interleaved(runs, repeats=max(2, repeats // 2)))
     for model in models.values():
         model.zero_grad(set_to_none=True)

@@ -69,7 +69,9 @@ class MambaLM(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for block in self.layers:
-            init.scale_residual_projection(block.mixer.out_proj, self.config.n_layers)
+            projection = block.get_submodule("mixer.out_proj")
+            assert isinstance(projection, nn.Linear)
+            init.scale_residual_projection(projection, self.config.n_layers)
 
     def forward(
         self,
