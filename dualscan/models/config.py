@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from dualscan.nn.attention import Attention
 from dualscan.nn.mamba2 import check_sizes
+
+_WHOLE = ("d_model", "vocab_size", "vocab_multiple", "d_state", "headdim", "expand", "ngroups", "d_conv")
+_WHOLE_OR_NONE = ("chunk_size", "n_heads", "n_kv_heads", "d_mlp")
 
 LAYER_TYPES = {"M": "mamba2", "*": "attention", "-": "mlp"}
 
@@ -39,7 +45,8 @@ class ModelConfig:
         embedding_std: standard deviation of the embedding at initialisation.
 
     Raises:
-        ValueError: sizes that do not divide, an unknown layer letter, a size below 1.
+        ValueError: sizes that do not divide, an unknown layer letter, a value out of its range.
+        TypeError: a size that is not a whole number.
 
     Example:
         >>> ModelConfig(d_model=64, pattern="MM*-", vocab_size=256, headdim=32, d_state=16).layer_types
@@ -67,17 +74,43 @@ class ModelConfig:
     embedding_std: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "vocab_size", "vocab_multiple", "d_state", "headdim", "expand", "ngroups", "d_conv"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if not self.pattern:
-            raise ValueError("pattern='' has no layers; use one letter a layer, such as 'MMMM'.")
+        for name in (*_WHOLE, *_WHOLE_OR_NONE):
+            value = getattr(self, name)
+            if value is None and name in _WHOLE_OR_NONE:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} must be a whole number.")
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        for name in ("norm_eps", "embedding_std", "rope_theta"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be a positive number.")
+        pair = isinstance(self.dt_limit, tuple) and len(self.dt_limit) == 2
+        if not pair or not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
+            raise ValueError(f"dt_limit={self.dt_limit} must be (low, high) with 0 <= low <= high; (0.0, inf) is none.")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise ValueError(f"pattern={self.pattern!r} has no layers; use one letter a layer, such as 'MMMM'.")
         for letter in self.pattern:
             if letter not in LAYER_TYPES:
                 known = ", ".join(f"{key} {name}" for key, name in LAYER_TYPES.items())
                 raise ValueError(f"pattern={self.pattern!r} has the unknown layer {letter!r}; the letters are {known}.")
         if "M" in self.pattern:
-            check_sizes(d_model=self.d_model, expand=self.expand, headdim=self.headdim, ngroups=self.ngroups)
+            check_sizes(
+                d_model=self.d_model,
+                expand=self.expand,
+                headdim=self.headdim,
+                ngroups=self.ngroups,
+                d_state=self.d_state,
+                d_conv=self.d_conv,
+            )
+        if "*" in self.pattern:
+            # The layer knows its own rules; on the meta device it allocates nothing.
+            with torch.device("meta"):
+                Attention(self.d_model, self.attention_heads, n_kv_heads=self.n_kv_heads, rope_theta=self.rope_theta)
 
     @property
     def n_layers(self) -> int:
@@ -102,7 +135,7 @@ class ModelConfig:
     @property
     def attention_heads(self) -> int:
         """Heads of an attention layer."""
-        return self.n_heads or max(1, self.d_model // 64)
+        return max(1, self.d_model // 64) if self.n_heads is None else self.n_heads
 
     @property
     def padded_vocab_size(self) -> int:
@@ -138,6 +171,6 @@ class ModelConfig:
             if name not in values:
                 raise ValueError(f"the model configuration has no {name!r}; it needs d_model, pattern and vocab_size.")
         values = dict(values)
-        if "dt_limit" in values:
+        if isinstance(values.get("dt_limit"), (list, tuple)):
             values["dt_limit"] = tuple(math.inf if v is None else float(v) for v in values["dt_limit"])
         return cls(**values)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dualscan.nn import init
 from dualscan.nn.precision import Float32Parameters, project
 from dualscan.ops.conv1d import causal_conv1d
+from dualscan.ops.conv1d.validate import MAX_WIDTH
 from dualscan.ops.norm import gated_rms_norm
 from dualscan.ops.ssd import ssd, ssd_step
 
@@ -96,7 +97,10 @@ class Mamba2(Float32Parameters):
     ):
         super().__init__()
         d_inner = expand * d_model
-        check_sizes(d_model=d_model, expand=expand, headdim=headdim, ngroups=ngroups)
+        check_sizes(d_model=d_model, expand=expand, headdim=headdim, ngroups=ngroups, d_state=d_state, d_conv=d_conv)
+        norm_groups = ngroups if norm_groups is None else norm_groups
+        if norm_groups < 1 or d_inner % norm_groups:
+            raise ValueError(f"norm_groups={norm_groups} does not divide d_inner={d_inner}; use 1 or another divisor.")
         self.d_model, self.d_inner, self.d_state, self.headdim = d_model, d_inner, d_state, headdim
         self.nheads, self.ngroups, self.d_conv = d_inner // headdim, ngroups, d_conv
         self.dt_limit, self.chunk_size = dt_limit, chunk_size
@@ -108,7 +112,7 @@ class Mamba2(Float32Parameters):
         self.dt_bias = nn.Parameter(init.step_size_bias(self.nheads))
         self.D = nn.Parameter(torch.ones(self.nheads))
         self.norm = GatedRMSNorm(
-            d_inner, group_size=d_inner // (norm_groups or ngroups), eps=norm_eps, norm_before_gate=norm_before_gate
+            d_inner, group_size=d_inner // norm_groups, eps=norm_eps, norm_before_gate=norm_before_gate
         )
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
@@ -124,7 +128,12 @@ class Mamba2(Float32Parameters):
 
         Returns:
             y like u, and the state after the last token (of every packed sequence).
+
+        Raises:
+            ValueError: `u`, `cu_seqlens` or the number of sequences in the state does not fit.
         """
+        if u.ndim != 3 or u.shape[-1] != self.d_model:
+            raise ValueError(f"Mamba2: u has shape {tuple(u.shape)}; expected (batch, seqlen, d_model={self.d_model}).")
         zxbcdt = project(u, self.in_proj.weight, self.in_proj.bias)
         z, xBC, dt = zxbcdt.split([self.d_inner, self.conv1d.in_channels, self.nheads], dim=-1)
         xBC, conv_state = causal_conv1d(
@@ -173,12 +182,16 @@ class Mamba2(Float32Parameters):
         return y.flatten(-2), ssm_state
 
 
-def check_sizes(*, d_model: int, expand: int, headdim: int, ngroups: int) -> None:
-    """Checks that headdim divides d_inner and that ngroups divides the heads.
+def check_sizes(*, d_model: int, expand: int, headdim: int, ngroups: int, d_state: int, d_conv: int) -> None:
+    """Checks that headdim divides d_inner, that ngroups divides the heads, and the range of the others.
 
     Raises:
-        ValueError: they do not; the message gives the numbers and a fix.
+        ValueError: a size does not fit; the message gives the numbers and a fix.
     """
+    if d_state < 1:
+        raise ValueError(f"d_state={d_state} must be at least 1.")
+    if not 1 <= d_conv <= MAX_WIDTH:
+        raise ValueError(f"d_conv={d_conv}; the causal convolution is 1 to {MAX_WIDTH} tokens wide.")
     d_inner = expand * d_model
     if headdim < 1 or d_inner % headdim:
         raise ValueError(

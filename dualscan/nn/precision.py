@@ -20,13 +20,15 @@ class Float32Parameters(nn.Module):
     float32_parameters: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = {name: getattr(self, name) for name in self.float32_parameters if getattr(self, name) is not None}
-        exact = {name: p.detach() for name, p in kept.items()}
+        kept = {name: p for name in self.float32_parameters if (p := getattr(self, name)) is not None}
+        exact = {name: (p.detach(), None if p.grad is None else p.grad.detach()) for name, p in kept.items()}
         super()._apply(fn, recurse)
-        for name, before in exact.items():
+        for name, (value, grad) in exact.items():
             after = getattr(self, name)
             if after.dtype in LOW_PRECISION:
-                after.data = before.to(device=after.device, dtype=torch.promote_types(before.dtype, torch.float32))
+                to = {"device": after.device, "dtype": torch.promote_types(value.dtype, torch.float32)}
+                after.data = value.to(**to)
+                after.grad = None if grad is None else grad.to(**to)
         return self
 
 

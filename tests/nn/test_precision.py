@@ -1,0 +1,115 @@
+"""Parameters that stay float32 under casts, and projections of one row."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dualscan.nn.mamba2 import Mamba2
+from dualscan.nn.precision import Float32Parameters, project
+from tests.oracle import assert_close
+
+EXACT = ("A_log", "dt_bias", "D", "norm.weight")
+
+
+def layer() -> nn.Module:
+    block = Mamba2(24, d_state=10, headdim=12, bias=True)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.uniform_(0.1, 1.0)
+    return nn.ModuleDict({"inner": nn.Sequential(block)})
+
+
+CASTS: dict[str, tuple[Callable[[nn.Module], nn.Module], torch.dtype]] = {
+    "bfloat16()": (lambda m: m.bfloat16(), torch.bfloat16),
+    "half()": (lambda m: m.half(), torch.float16),
+    "to(dtype)": (lambda m: m.to(torch.bfloat16), torch.bfloat16),
+    "to(device, dtype)": (lambda m: m.to("cpu", torch.float16), torch.float16),
+    "to(tensor)": (lambda m: m.to(torch.zeros(1, dtype=torch.bfloat16)), torch.bfloat16),
+    "type()": (lambda m: m.type(torch.bfloat16), torch.bfloat16),
+    "twice": (lambda m: m.half().bfloat16(), torch.bfloat16),
+    "there and back": (lambda m: m.bfloat16().float(), torch.float32),
+    "after a copy": (lambda m: copy.deepcopy(m).bfloat16(), torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_casts_leave_them_exact(cast: str) -> None:
+    function, dtype = CASTS[cast]
+    model = layer()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in function(model).named_parameters():
+        if name.endswith(EXACT):
+            assert p.dtype == torch.float32, name
+            assert torch.equal(p, before[name]), name
+        else:
+            assert p.dtype == dtype, name
+        assert isinstance(p, nn.Parameter)
+        assert p.requires_grad
+
+
+def test_float64_and_devices_act_as_usual() -> None:
+    model = layer().double()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    model.bfloat16()
+    kept = {name: p.dtype for name, p in model.named_parameters() if name.endswith(EXACT)}
+    assert set(kept.values()) == {torch.float64}
+    model = layer().to("meta", torch.bfloat16)
+    for name, p in model.named_parameters():
+        assert p.device.type == "meta"
+        assert p.dtype == (torch.float32 if name.endswith(EXACT) else torch.bfloat16), name
+
+
+def test_a_cast_keeps_the_parameter_objects_and_their_optimizer() -> None:
+    model = layer()
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for p in parameters.values():
+        p.grad = torch.ones_like(p)
+    model.bfloat16()
+    for name, p in model.named_parameters():
+        assert p is parameters[name]
+        assert p.grad is not None
+        assert p.grad.dtype == p.dtype, name
+        assert torch.equal(p.grad, torch.ones_like(p))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert not torch.equal(p, before[name]), name
+
+
+def test_a_parameter_may_be_absent() -> None:
+    class Partial(Float32Parameters):
+        float32_parameters = ("weight", "bias")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(3)), None
+
+    model = Partial().bfloat16()
+    assert model.weight.dtype == torch.float32
+    assert model.bias is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+def test_projections_of_one_row_equal_the_general_one(dtype: torch.dtype, bias: bool) -> None:
+    weight, offset = torch.randn(40, 300).to(dtype), torch.randn(40).to(dtype) if bias else None
+    for shape in ((1, 1, 300), (300,), (2, 3, 300), (0, 300)):
+        x = torch.randn(shape).to(dtype)
+        exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
+        with torch.no_grad():
+            y = project(x, weight, offset)
+        assert y.dtype == dtype
+        assert_close(str(shape), y, exact, dtype=dtype, yardstick=F.linear(x, weight, offset))
+        assert torch.equal(project(x, weight.requires_grad_(), offset), F.linear(x, weight, offset))
+        weight = weight.detach()
+
+
+def test_projections_follow_autocast() -> None:
+    x, weight = torch.randn(1, 1, 30), torch.randn(4, 30)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert project(x, weight).dtype == torch.bfloat16
