@@ -11,7 +11,7 @@ from tqdm import tqdm
 from dualscan.data.loader import Batch, EvaluationBatch, evaluation_batches
 from dualscan.data.packing import IGNORE_INDEX, TokenSource
 from dualscan.data.tokenizer import Tokenizer
-from dualscan.train.runtime import ComputePrecision, autocast
+from dualscan.train.runtime import ComputePrecision, autocast, bar_interval
 
 if TYPE_CHECKING:
     from dualscan.models.lm import MambaLM
@@ -91,7 +91,15 @@ def evaluate(
     """
     nll, ntokens, nbytes = 0.0, 0, 0
     wanted = min(len(source), max_tokens or len(source))
-    with tqdm(total=wanted, desc="evaluating", unit="token", unit_scale=True, leave=False, disable=not progress) as bar:
+    with tqdm(
+        total=wanted,
+        desc="evaluating",
+        unit="token",
+        unit_scale=True,
+        leave=False,
+        mininterval=bar_interval(),
+        disable=not progress,
+    ) as bar:
         batches = evaluation_batches(source, tokenizer, batch_size=batch_size, seqlen=seqlen, packed=packed)
         for batch in batches:
             loss = total_nll(model, batch, precision)

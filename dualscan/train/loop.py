@@ -3,7 +3,6 @@
 import logging
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +22,13 @@ from dualscan.train.checkpoint import TrainState
 from dualscan.train.config import TrainConfig, to_json
 from dualscan.train.evaluate import Evaluation, evaluate, total_nll
 from dualscan.train.optim import adamw, load_state_tensors, state_tensors
-from dualscan.train.runtime import StopSignals, pick_device, pick_precision
+from dualscan.train.runtime import StopSignals, bar_interval, pick_device, pick_precision
 from dualscan.train.schedule import StepBudget, lr_factor
 
 logger = logging.getLogger("dualscan.train")
 
+# Smallest batch of an evaluation, in tokens: no activations are kept, so that it may be larger than in training.
+EVALUATION_TOKENS = 4096
 BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
 
 
@@ -145,40 +146,48 @@ class Trainer:
             TrainingDivergedError: the loss is not finite; the last checkpoint stays.
             OSError: a checkpoint cannot be written; the one before it stays.
         """
-        config, validation = self.config, None
-        log = metrics.MetricsLog(config.out / metrics.FILE, after_step=self.step if self.step else None)
-        with log, StopSignals() as signals, self._bar() as bar:
-            while not self.budget.done(self.step) and not signals.requested:
-                loss, grad_norm = self._train_step()
-                bits = self._bits_per_byte(loss)
-                bar.total = self.budget.total_steps
-                bar.set_postfix_str(f"loss {loss:.3f}, {bits:.3f} bits/byte, {self._speed():,.0f} tokens/s", False)
-                bar.update()
-                if self.step % config.log_every == 0 or self.step == 1:
-                    log.write(
-                        self.step,
-                        tokens=self.tokens,
-                        seconds=round(self.budget.seconds, 3),
-                        loss=loss,
-                        train_bpb=bits,
-                        grad_norm=grad_norm,
-                        lr=self.optimizer.param_groups[0]["lr"],
-                        tokens_per_s=round(self._speed(), 1),
-                        total_steps=self.budget.total_steps,
-                    )
-                if config.eval_every and self.step % config.eval_every == 0 and not self.budget.done(self.step):
-                    result = self.evaluate(max_tokens=config.eval_tokens)
-                    log.write(self.step, tokens=self.tokens, validation_bpb=result.bits_per_byte)
-                    logger.info("step %d: %.3f validation bits per byte", self.step, result.bits_per_byte)
-                if config.save_every and self.step % config.save_every == 0:
-                    self.save()
-            bar.refresh()
-            if not signals.requested:
+        after_step = self.step if self.step else None
+        with metrics.MetricsLog(self.config.out / metrics.FILE, after_step=after_step) as log:
+            with StopSignals() as signals, self._bar() as bar:
+                while not self.budget.done(self.step) and not signals.requested:
+                    self._advance(log, bar)
+                bar.refresh()
+            folder, validation = self.save(), None
+            # Everything is on disk now, so that Ctrl-C may end the last evaluation at once.
+            if signals.requested is None:
                 validation = self.evaluate(progress=self._progress)
                 log.write(self.step, tokens=self.tokens, validation_bpb=validation.bits_per_byte, final=True)
-        folder = self.save()
         self._draw()
         return TrainResult(folder, self.step, self.budget.seconds, validation, signals.requested)
+
+    def _advance(self, log: metrics.MetricsLog, bar: tqdm) -> None:
+        """One step with its records, and the evaluation and the checkpoint that are due after it."""
+        config = self.config
+        loss, grad_norm = self._train_step()
+        bits = self._bits_per_byte(loss)
+        bar.total = self.budget.total_steps
+        bar.set_postfix_str(f"loss {loss:.3f}, {bits:.3f} bits/byte, {self._speed():,.0f} tokens/s", False)
+        bar.update()
+        if self.step % config.log_every == 0 or self.step == 1:
+            log.write(
+                self.step,
+                tokens=self.tokens,
+                seconds=round(self.budget.seconds, 3),
+                loss=loss,
+                train_bpb=bits,
+                grad_norm=grad_norm,
+                lr=self.optimizer.param_groups[0]["lr"],
+                tokens_per_s=round(self._speed(), 1),
+                total_steps=self.budget.total_steps,
+            )
+        if self.budget.done(self.step):
+            return
+        if config.eval_every and self.step % config.eval_every == 0:
+            result = self.evaluate(max_tokens=config.eval_tokens)
+            log.write(self.step, tokens=self.tokens, validation_bpb=result.bits_per_byte)
+            logger.info("step %d: %.3f validation bits per byte", self.step, result.bits_per_byte)
+        if config.save_every and self.step % config.save_every == 0:
+            self.save()
 
     def _bar(self) -> tqdm:
         return tqdm(
@@ -186,7 +195,7 @@ class Trainer:
             initial=self.step,
             desc="training",
             bar_format=BAR_FORMAT,
-            mininterval=0.5 if sys.stderr.isatty() else 20.0,
+            mininterval=bar_interval(),
             disable=not self._progress,
         )
 
@@ -248,7 +257,7 @@ class Trainer:
             self.corpus.validation,
             self.tokenizer,
             seqlen=seqlen,
-            batch_size=max(1, config.batch_size * config.seqlen // seqlen),
+            batch_size=max(1, max(config.batch_size * config.seqlen, EVALUATION_TOKENS) // seqlen),
             precision=self.precision,
             packed=config.packed,
             max_tokens=max_tokens,

@@ -1,6 +1,7 @@
 """The machine's side of a run: which device, which precision and why, and signals that end a run at a step's end."""
 
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self
@@ -65,6 +66,11 @@ def autocast(device: torch.device, precision: ComputePrecision) -> torch.autocas
     """The context in which a model runs in the chosen precision."""
     enabled = precision.dtype != torch.float32
     return torch.autocast(device.type, dtype=precision.dtype if enabled else None, enabled=enabled)
+
+
+def bar_interval() -> float:
+    """Seconds between two drawings of a progress bar: rare where every one becomes a line of a log file."""
+    return 0.5 if sys.stderr.isatty() else 20.0
 
 
 class StopSignals:

@@ -161,7 +161,7 @@ def test_evaluation_may_read_longer_windows(config):
         trainer.corpus.validation,
         trainer.tokenizer,
         seqlen=128,
-        batch_size=1,
+        batch_size=loop.EVALUATION_TOKENS // 128,
         precision=trainer.precision,
     )
     assert longer == by_hand
@@ -242,3 +242,13 @@ def test_decayed_learning_rate_is_what_the_schedule_says(config):
     rates = [r["lr"] for r in metrics.read(config.out / metrics.FILE) if "lr" in r]
     assert rates[3] == config.lr
     assert rates[-1] == pytest.approx(0.5 * config.lr)
+
+
+def test_ctrl_c_in_the_last_evaluation_loses_nothing(config, monkeypatch):
+    def interrupted(self, max_tokens=None, *, progress=False):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(dataclasses.replace(config, eval_every=0))
+    assert checkpoint.find(config.out).name == "step-000020"
