@@ -93,9 +93,11 @@ class MambaLM(nn.Module):
             `LMOutput(logits, state)`.
 
         Raises:
-            ValueError: tokens of a wrong rank, or a state of another model.
+            ValueError: tokens of a wrong rank or, on a CPU, out of range; or a state of another model.
             TypeError: tokens that are not integers.
         """
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative; 0 keeps all.")
         hidden, state = self.hidden_states(tokens, state=state, cu_seqlens=cu_seqlens)
         if logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
@@ -111,7 +113,7 @@ class MambaLM(nn.Module):
             raise TypeError(f"tokens have dtype {tokens.dtype}; use torch.int64.")
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"the state has {len(state)} layers, the model {len(self.layers)}; use its own state.")
-        h = self.embedding(tokens)
+        h = self._embed(tokens)
         if h.dtype in (torch.bfloat16, torch.float16):
             h = h.float()
         states = []
@@ -119,6 +121,14 @@ class MambaLM(nn.Module):
             h, layer_state = block(h, None if state is None else state[i], cu_seqlens)
             states.append(layer_state)
         return self.norm_f(h).to(self.output_weight.dtype), tuple(states)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        try:
+            return self.embedding(tokens)
+        except IndexError as error:
+            rows = self.embedding.num_embeddings
+            wrong = tokens[(tokens < 0) | (tokens >= rows)][0].item()
+            raise ValueError(f"token {wrong} is not in 0 to {rows - 1}; use this model's own tokenizer.") from error
 
     @property
     def output_weight(self) -> Tensor:

@@ -31,20 +31,28 @@ def save(model: MambaLM, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
     text = json.dumps({"format": FORMAT, "model": model.config.to_dict()}, indent=2) + "\n"
-    replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    _replace_files(
+        folder,
+        {
+            WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+        },
+    )
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary name beside `path` and renames the result; leaves nothing behind on failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _replace_files(folder: Path, writers: dict[str, Callable[[Path], object]]) -> None:
+    """Writes every file under a temporary name beside its own, and renames them when all are complete."""
+    temporaries = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}; the previous file, if any, is untouched.") from error
+        for name, write in writers.items():
+            write(temporaries[name])
+        for name, temporary in temporaries.items():
+            os.replace(temporary, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot save into {folder}: {error}; what was there before is kept.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> MambaLM:
@@ -92,7 +100,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     model.eval()
-    return model if dtype is None else model.to(dtype)
+    # Also where nothing is asked for: it brings decay rates and norm weights that somebody cast back to float32.
+    return model.to(dtype=dtype)
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -122,4 +131,9 @@ def load_config(folder: str | Path) -> ModelConfig:
         kind = values.get("model_type") if isinstance(values, dict) else None
         other = f"a transformers checkpoint of type {kind!r}" if kind else "a checkpoint of another program"
         raise ValueError(f"{folder} holds {other}; this version reads folders that model.save() or training wrote.")
-    return ModelConfig.from_dict(values["model"])
+    if not isinstance(values.get("model"), dict):
+        raise ValueError(f"{path} has no 'model' section; it is damaged, save or copy it again.")
+    try:
+        return ModelConfig.from_dict(values["model"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
