@@ -1,0 +1,119 @@
+"""What a model costs, counted from the configuration, against the model itself."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dualscan.models import accounting
+from dualscan.models.config import ModelConfig
+from dualscan.models.lm import MambaLM
+from dualscan.models.presets import PRESETS, preset
+from tests.models.test_config import PUBLISHED
+
+# What PyTorch's counter lacks or counts otherwise: products in place, and the norms, which are elementwise.
+ADJUSTED = {
+    torch.ops.aten.baddbmm_: lambda out, a, b, *_, **__: 2 * out[0] * out[1] * out[2] * a[2],
+    torch.ops.dualscan.rms_norm_fwd: lambda *_, **__: 0,
+    torch.ops.dualscan.rms_norm_bwd: lambda *_, **__: 0,
+}
+SIZES: dict[str, Any] = {"d_model": 32, "vocab_size": 50, "d_state": 16, "headdim": 8, "chunk_size": 8}
+PATTERNS = {
+    "mamba2": {"pattern": "MM"},
+    "groups": {"pattern": "M", "ngroups": 4, "d_conv": 3},
+    "attention": {"pattern": "**", "n_heads": 4, "n_kv_heads": 2},
+    "mlp": {"pattern": "-M", "d_mlp": 40},
+    "hybrid": {"pattern": "M*-M", "tie_embeddings": False, "n_heads": 2},
+}
+
+
+def model_of(pattern: str) -> MambaLM:
+    return MambaLM(ModelConfig(**SIZES, **PATTERNS[pattern]))
+
+
+def flops(run: Callable[[], Any]) -> int:
+    """What PyTorch counts; only the written-out form of attention shows its products to the counter."""
+    with FlopCounterMode(display=False, custom_mapping=ADJUSTED) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+def skipped_half(config: ModelConfig, seqlen: int, batch: int) -> int:
+    """The upper triangles of attention's two products, which that form computes and a causal one need not."""
+    return config.layer_types.count("attention") * 2 * batch * seqlen * seqlen * config.d_model
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_of_every_preset(name: str) -> None:
+    with torch.device("meta"):
+        model = MambaLM(preset(name))
+    counted = accounting.parameters(preset(name))
+    assert counted.total == sum(p.numel() for p in model.parameters())
+    assert counted.embedding == model.embedding.weight.numel()
+    assert counted.layers == sum(p.numel() for p in model.layers.parameters())
+    if name in PUBLISHED:
+        assert counted.total == PUBLISHED[name][2]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_parameters_of_every_layer(pattern: str) -> None:
+    model = model_of(pattern)
+    counted = accounting.parameters(model.config)
+    assert counted.total == sum(p.numel() for p in model.parameters())
+    assert counted.layers == sum(p.numel() for p in model.layers.parameters())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("seqlen", [16, 5])
+def test_forward_flops(pattern: str, seqlen: int) -> None:
+    model, batch = model_of(pattern), 3
+    tokens = torch.randint(50, (batch, seqlen))
+    counted = accounting.forward_flops_per_sequence(model.config, seqlen, batch=batch)
+    half = skipped_half(model.config, seqlen, batch)
+    assert flops(lambda: model(tokens)) - half == counted
+    last = accounting.forward_flops_per_sequence(model.config, seqlen, batch=batch, logits=1)
+    assert flops(lambda: model(tokens, logits_to_keep=1)) - half == last
+    assert last < counted
+
+
+@pytest.mark.parametrize("pattern", ["mamba2", "groups", "mlp"])
+def test_training_flops(pattern: str) -> None:
+    model, batch, seqlen = model_of(pattern), 2, 16
+    tokens = torch.randint(50, (batch, seqlen))
+    counted = accounting.training_flops_per_sequence(model.config, seqlen, batch=batch)
+    assert flops(lambda: model.loss(tokens, tokens).backward()) == counted
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_step_flops(pattern: str) -> None:
+    # Two rows: a single one is multiplied as a vector, which the counter leaves out.
+    model, batch, context = model_of(pattern), 2, 7
+    with torch.no_grad():
+        _, state = model(torch.randint(50, (batch, context)))
+        token = torch.randint(50, (batch, 1))
+        counted = accounting.step_flops(model.config, context=context, batch=batch)
+        assert flops(lambda: model(token, state=state)) == counted
+
+
+def tensors(state: Any) -> Iterator[Tensor]:
+    for entry in state:
+        if isinstance(entry, Tensor):
+            yield entry
+        elif entry is not None:
+            yield from tensors(entry)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_state_bytes(pattern: str, dtype: torch.dtype) -> None:
+    model, batch = model_of(pattern).to(dtype), 2
+    for context in (1, 9):
+        _, state = model(torch.randint(50, (batch, context)))
+        # Attention's sequence lengths are bookkeeping, not memory that counts.
+        held = sum(t.nbytes for t in tensors(state) if t.is_floating_point())
+        counted = accounting.state_bytes(model.config, batch=batch, context=context, activation_bytes=dtype.itemsize)
+        assert held == counted
