@@ -1,7 +1,7 @@
 # Every target works from a bare checkout with Python >= 3.11 and GNU make >= 3.81: it makes .venv and installs what it needs.
 
 PYTHON ?= python3
-JOB ?= models.lm_cpu
+JOB ?= lm_cpu
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown benchmark {job!r}; the jobs are {', '.join(jobs) or 'none'}.{hint}")
     sys.path.insert(0, str(root))
-    return import_module(f"benchmarks.{job}").main(rest) or 0
+    return import_module(jobs[job]).main(rest) or 0
 
 
 def checkout() -> Path:
@@ -46,11 +46,10 @@ def checkout() -> Path:
     )
 
 
-def find_jobs(root: Path) -> list[str]:
-    """The modules below `benchmarks/` that define `main(argv)`, as dotted names; the files are read, not imported."""
-    folder = root / "benchmarks"
-    return sorted(
-        ".".join(path.relative_to(folder).with_suffix("").parts)
-        for path in folder.rglob("*.py")
+def find_jobs(root: Path) -> dict[str, str]:
+    """Jobs and their modules: files one folder below `benchmarks/` that define `main(argv)`, read but not imported."""
+    return {
+        path.stem: f"benchmarks.{path.parent.name}.{path.stem}"
+        for path in sorted((root / "benchmarks").glob("*/*.py"))
         if "\ndef main(" in path.read_text(encoding="utf-8")
-    )
+    }

@@ -95,8 +95,8 @@ def run(config: TrainConfig) -> int:
     say(
         3,
         "Checking the mathematics",
-        "Structured state space duality: one operator, several forms. Here they are on what reaches each trained layer "
-        f"from {COMPARED_TOKENS} bytes of the held-out play; relative error against float64, worst layer:",
+        "Structured state space duality: one operator, several forms. Here the trained model reads the first "
+        f"{COMPARED_TOKENS} bytes of the held-out play in each; relative error of outputs and states against float64:",
     )
     tokens = torch.from_numpy(trainer.corpus.validation.read(0, COMPARED_TOKENS).astype("int64"))[None]
     agreements = compare_forms(trainer.model, tokens.to(trainer.device))

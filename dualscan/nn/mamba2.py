@@ -63,6 +63,7 @@ class Mamba2(Float32Parameters):
         norm_groups: groups of channels that are normalised separately; None takes `ngroups`.
         bias: bias on in_proj and out_proj.
         conv_bias: bias on the convolution.
+        impl: implementation of SSD over sequences, as in `ssd`; an attribute that may be changed later.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -94,6 +95,7 @@ class Mamba2(Float32Parameters):
         norm_groups: int | None = None,
         bias: bool = False,
         conv_bias: bool = True,
+        impl: str = "auto",
     ):
         super().__init__()
         d_inner = expand * d_model
@@ -103,7 +105,7 @@ class Mamba2(Float32Parameters):
             raise ValueError(f"norm_groups={norm_groups} does not divide d_inner={d_inner}; use 1 or another divisor.")
         self.d_model, self.d_inner, self.d_state, self.headdim = d_model, d_inner, d_state, headdim
         self.nheads, self.ngroups, self.d_conv = d_inner // headdim, ngroups, d_conv
-        self.dt_limit, self.chunk_size = dt_limit, chunk_size
+        self.dt_limit, self.chunk_size, self.impl = dt_limit, chunk_size, impl
         conv_dim = d_inner + 2 * ngroups * d_state
         self.in_proj = nn.Linear(d_model, d_inner + conv_dim + self.nheads, bias=bias)
         # Holds the weights (channels, 1, d_conv) under the names that published checkpoints use; the operator computes.
@@ -138,8 +140,8 @@ class Mamba2(Float32Parameters):
         z, xBC, dt = zxbcdt.split([self.d_inner, self.conv1d.in_channels, self.nheads], dim=-1)
         xBC, conv_state = causal_conv1d(
             xBC,
-            self.conv1d.weight.squeeze(1).to(xBC.dtype),
-            None if self.conv1d.bias is None else self.conv1d.bias.to(xBC.dtype),
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
             activation="silu",
             initial_states=None if state is None else state.conv.to(xBC.dtype),
             cu_seqlens=cu_seqlens,
@@ -177,6 +179,7 @@ class Mamba2(Float32Parameters):
             initial_states=ssm_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.chunk_size,
+            impl=self.impl,
             **shared,
         )
         return y.flatten(-2), ssm_state

@@ -140,13 +140,13 @@ def test_bench_finds_and_runs_jobs(command, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     code, out, _ = command("bench")
     assert code == 0
-    assert out.splitlines()[-1].strip() == "ops.job"
+    assert out.splitlines()[-1].strip() == "job"
     assert "shared" not in out
-    code, out, _ = command("bench", "ops.job", "--x", 3)
+    code, out, _ = command("bench", "job", "--x", 3)
     assert (code, out) == (0, "ran ['--x', '3']\n")
-    code, _, err = command("bench", "ops.jobb")
+    code, _, err = command("bench", "jobb")
     assert code == 2
-    assert "unknown benchmark 'ops.jobb'; the jobs are ops.job. Did you mean 'ops.job'?" in err
+    assert "unknown benchmark 'jobb'; the jobs are job. Did you mean 'job'?" in err
     for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
         monkeypatch.delitem(sys.modules, name)
 

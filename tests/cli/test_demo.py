@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dualscan.cli import _agreement, demo
+from dualscan.cli import demo
 from dualscan.cli._agreement import FORMS, compare_forms
 from dualscan.models.lm import MambaLM
 from dualscan.models.presets import preset
+from dualscan.nn import mamba2
 from dualscan.train import checkpoint
 from dualscan.train.config import demo as demo_recipe
 from tests.oracle import CAPS
@@ -61,13 +62,13 @@ def test_forms_agree_on_a_model():
 
 @pytest.mark.parametrize("form", ["quadratic", "chunked"])
 def test_a_wrong_form_is_noticed(form, config, capsys, monkeypatch):
-    real = _agreement.ssd
+    real = mamba2.ssd
 
     def wrong(x, *arguments, impl, **options):
         y, state = real(x, *arguments, impl=impl, **options)
         return (y * 1.001 if impl == form else y), state
 
-    monkeypatch.setattr(_agreement, "ssd", wrong)
+    monkeypatch.setattr(mamba2, "ssd", wrong)
     agreements = compare_forms(MambaLM(preset("tiny")), torch.randint(0, 257, (1, 100)))
     assert {a.form for a in agreements if not a.agrees} == {form}
     monkeypatch.setattr(demo, "SAMPLE_TOKENS", 5)
