@@ -121,6 +121,16 @@ def test_packed_is_each_sequence_alone(lengths: list[int], continued: bool) -> N
         same_state(Mamba2State(*(t[i : i + 1] for t in states)), state)
 
 
+def test_no_rows_and_no_tokens() -> None:
+    block = layer(ngroups=2)
+    for batch, seqlen in ((0, 5), (0, 1), (2, 0)):
+        y, state = block(torch.randn(batch, seqlen, 24))
+        y2, state = block(torch.randn(batch, 1, 24), state)
+        assert y.shape == (batch, seqlen, 24)
+        assert y2.shape == (batch, 1, 24)
+        assert len(state.ssm) == batch
+
+
 def test_states_are_values() -> None:
     """No call changes a state that it was given, not through a view either."""
     block, u = layer(), torch.randn(2, 9, 24)

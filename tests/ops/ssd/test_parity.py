@@ -43,6 +43,15 @@ SSD_CORNERS: dict[str, dict[str, Any]] = {
     "empty packs": {"lengths": [0, 0, 0], "states": True},
     "no packs": {"lengths": [], "states": True},
     "one pack": {"lengths": [23]},
+    "more rows than fit the cache": {
+        "batch": 14,
+        "nheads": 8,
+        "headdim": 64,
+        "seqlen": 20,
+        "d_state": 4,
+        "states": True,
+    },
+    "more packs than fit the cache": {"lengths": [20] * 14, "nheads": 8, "headdim": 64, "d_state": 4, "states": True},
     "fast decay": {"decay": 1e4, "states": True},
     "slow decay": {"decay": 1e-6, "states": True},
 }
@@ -299,6 +308,16 @@ def test_a_value_that_is_not_finite_spoils_nothing_before_it(impl: str, bad: flo
     if impl != "quadratic":
         # Inside one block a masked product is 0 times the value, which is NaN; blocks before it are untouched.
         assert torch.equal(clean.y[:, :8], dirty.y[:, :8])
+
+
+@pytest.mark.parametrize("impl", ["chunked", "recurrent"])
+def test_a_step_size_that_is_nan_is_not_swallowed(impl: str) -> None:
+    problem = ssd_problem(seqlen=20)
+    problem.tensors["dt"][:, 11] = math.nan
+    out = problem(impl=impl, chunk_size=4)
+    assert out.y[:, 11:].isnan().all()
+    assert out.final_states.isnan().all()
+    assert out.y[:, :8].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
