@@ -11,6 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+# Before any kernel module is imported: without a GPU, kernels run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _REAL_EMPTY = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
 
 

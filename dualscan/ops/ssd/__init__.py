@@ -11,16 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualscan.ops import _dispatch
-from dualscan.ops.ssd import blocks, library, reference, validate
+from dualscan.ops import _dispatch, _triton
+from dualscan.ops.ssd import blocks, configs, library, reference, validate
 
 __all__ = ["SSDOutput", "linear_attention", "ssd", "ssd_step"]
 
 OPERATOR = _dispatch.register(
     _dispatch.Operator(
         name="ssd",
-        impls=dict.fromkeys(("chunked", "recurrent", "quadratic"), _dispatch.anywhere),
-        preference=("chunked",),
+        impls={
+            "triton": _triton.obstacle,
+            **dict.fromkeys(("chunked", "recurrent", "quadratic"), _dispatch.anywhere),
+        },
+        preference=("triton", "chunked"),
     )
 )
 
@@ -77,7 +80,8 @@ def ssd(
             zero.
         cu_seqlens: `(nseq + 1,)` int32 boundaries of sequences packed along time; batch must be 1.
         chunk_size: tokens a chunk of the chunked form; None takes its default (64). Changes rounding only.
-        impl: "auto", "chunked", "recurrent" (the O(seqlen)-step oracle) or "quadratic" (O(seqlen²) memory).
+        impl: "auto", "triton" (the kernels for NVIDIA GPUs, with chunk sizes of their own), "chunked", "recurrent" (the
+            O(seqlen)-step oracle) or "quadratic" (O(seqlen²) memory).
 
     Returns:
         `SSDOutput(y, final_states)`: y like x; one float32 state a sequence, after its last token.
@@ -102,8 +106,13 @@ def ssd(
     """
     validate.sequence("ssd", x, {"dt": dt}, B, C, initial_states, cu_seqlens, chunk_size)
     validate.parameters("ssd", x, A, D, z, dt_bias, dt_limit)
-    scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, blocks.compute_dtype(x))
-    y, final_states = _core(x, scale, scale * A, B, C, D, initial_states, cu_seqlens, chunk_size, impl)
+    form = _form("ssd", impl, x, B)
+    if form == "triton":
+        low, high = map(float, dt_limit)
+        y, final_states = library.kernel(x, dt, A, B, C, D, dt_bias, initial_states, cu_seqlens, dt_softplus, low, high)
+    else:
+        scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, blocks.compute_dtype(x))
+        y, final_states = _core(x, scale, scale * A, B, C, D, initial_states, cu_seqlens, chunk_size, form)
     return SSDOutput(_gate(y, z), final_states)
 
 
@@ -241,8 +250,33 @@ def linear_attention(
         q, k, values = q.to(dtype), k.to(dtype), values.to(dtype)
     if scale is not None:
         q = q * scale
-    y, states = _core(values, None, log_decay.to(dtype), k, q, None, initial_states, cu_seqlens, chunk_size, impl)
+    form = _form(op, impl, values, k)
+    if form == "triton":
+        y, states = library.kernel(
+            values, None, log_decay, k, q, None, None, initial_states, cu_seqlens, False, 0.0, math.inf
+        )
+    else:
+        y, states = _core(values, None, log_decay.to(dtype), k, q, None, initial_states, cu_seqlens, chunk_size, form)
     return SSDOutput((y[..., :-1] / y[..., -1:]).to(v.dtype) if normalize else y, states)
+
+
+def _form(op: str, impl: str, x: Tensor, B: Tensor) -> str:
+    """The implementation that runs; `auto` says once why it leaves the kernels on a GPU."""
+    if impl == "triton" and _triton.interpreted():
+        form = impl
+    else:
+        form = _dispatch.choose(OPERATOR, impl, x.device)
+    reason = _triton.obstacle(x.device)
+    if form == "triton":
+        reason = configs.unsupported(x.dtype, B.shape[3])
+        if reason is None:
+            return form
+        if impl == "triton":
+            raise ValueError(f"{op}: impl='triton' cannot run on these inputs: {reason}; use impl='auto'.")
+        form = "chunked"
+    if impl == "auto" and x.is_cuda and reason is not None and not torch.compiler.is_compiling():
+        _dispatch.announce_slow_path(op, "cuda", reason)
+    return form
 
 
 def _core(
@@ -255,9 +289,8 @@ def _core(
     initial_states: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
-    impl: str,
+    form: str,
 ) -> tuple[Tensor, Tensor]:
-    form = _dispatch.choose(OPERATOR, impl, x.device)
     with blocks.without_autocast(x.device):
         if form == "chunked":
             chunk_size = chunk_size or blocks.DEFAULT_CHUNK_SIZE

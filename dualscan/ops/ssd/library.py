@@ -4,6 +4,10 @@
 and head. Both faces, `ssd` and `linear_attention`, are thin layers over it. The autograd function sits at the Autograd
 dispatch key of the forward operator: half the call overhead of `torch.library.register_autograd` (docs/decisions/001),
 and `opcheck`, `torch.compile(fullgraph=True)` and selective checkpointing see one operator.
+
+`dualscan::ssd_kernel_fwd` and `ssd_kernel_bwd` are the same for the GPU kernels. They take dt as it comes, with bias,
+softplus and clamp, and as `decay` either A per head or a log-decay per token, because the kernels do that arithmetic on
+the way. Their launchers are imported on the first call.
 """
 
 from typing import Any
@@ -12,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dualscan.ops._dispatch import announce_slow_path
 from dualscan.ops.ssd import blocks, chunked
 
 _LIB = torch.library.Library("dualscan", "FRAGMENT")
@@ -27,18 +30,34 @@ _LIB.define(
 )
 
 
-def _on_gpu(form: Any) -> Any:
-    def run(*args: Any) -> Any:
-        announce_slow_path("ssd", "cuda", "this version has no SSD kernel for it; results are the same")
-        return form(*args)
+_KERNEL = (
+    "Tensor x, Tensor? dt, Tensor decay, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial_states, "
+    "Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max"
+)
+_LIB.define(f"ssd_kernel_fwd({_KERNEL}) -> (Tensor y, Tensor final_states)")
+_LIB.define(
+    f"ssd_kernel_bwd(Tensor? dy, Tensor? dfinal_states, {_KERNEL}) -> (Tensor dx, Tensor ddt, Tensor ddecay, "
+    "Tensor dB, Tensor dC, Tensor dD, Tensor ddt_bias, Tensor dinitial_states)"
+)
 
-    return run
+
+def _kernel_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    from dualscan.ops.ssd import triton_scan
+
+    return triton_scan.forward(*args)
 
 
-_LIB.impl("ssd_fwd", chunked.forward, "CPU")
-_LIB.impl("ssd_bwd", chunked.backward, "CPU")
-_LIB.impl("ssd_fwd", _on_gpu(chunked.forward), "CUDA")
-_LIB.impl("ssd_bwd", _on_gpu(chunked.backward), "CUDA")
+def _kernel_backward(*args: Any) -> tuple[Tensor, ...]:
+    from dualscan.ops.ssd import triton_gradients
+
+    return triton_gradients.backward(*args)
+
+
+for _key in ("CPU", "CUDA"):  # on a CPU the kernels run in Triton's interpreter
+    _LIB.impl("ssd_fwd", chunked.forward, _key)
+    _LIB.impl("ssd_bwd", chunked.backward, _key)
+    _LIB.impl("ssd_kernel_fwd", _kernel_forward, _key)
+    _LIB.impl("ssd_kernel_bwd", _kernel_backward, _key)
 
 
 @torch.library.register_fake("dualscan::ssd_fwd", lib=_LIB)
@@ -78,43 +97,64 @@ def _fake_backward(
     return tuple(like(t) for t in (x, scale, log_decay, B, C, D, initial_states))
 
 
-class _SSD(torch.autograd.Function):
-    """Saves the inputs only; the backward operator recomputes what it needs."""
+def _fake_kernel_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    x, _, _, B, _, _, _, _, cu_seqlens, *_ = args
+    return _fake_forward(x, None, x, B, B, None, None, cu_seqlens, 1)
 
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, chunk_size = args
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.chunk_size = chunk_size
+
+def _fake_kernel_backward(*args: Any) -> tuple[Tensor, ...]:
+    x = args[2]
+    return tuple(
+        x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in args[2:10]
+    )
+
+
+torch.library.register_fake("dualscan::ssd_kernel_fwd", _fake_kernel_forward, lib=_LIB)
+torch.library.register_fake("dualscan::ssd_kernel_bwd", _fake_kernel_backward, lib=_LIB)
+
+
+def _differentiable(forward: Any, backward: Any, differentiable: int) -> Any:
+    """The autograd function of a pair of operators: the inputs are saved, the backward operator recomputes the rest.
+
+    The first `differentiable` arguments have gradients; the tensors after them, and the plain values, have none.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*(t for t in args if t is None or isinstance(t, Tensor)))
+            ctx.values = [t for t in args if t is not None and not isinstance(t, Tensor)]
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward(*args)
+
+        @staticmethod
+        def backward(ctx: Any, *grads_out: Any) -> tuple[Tensor | None, ...]:
+            inputs = ctx.saved_tensors
+            nothing = [None] * (len(inputs) - differentiable + len(ctx.values))
+            if all(g is None for g in grads_out):
+                return *([None] * differentiable), *nothing
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    "ssd: create_graph=True asks for a second derivative, which the chunked form and the kernels do "
+                    "not have; use impl='quadratic' or impl='recurrent'."
+                )
+            with blocks.without_autocast(inputs[0].device):
+                grads = backward(*grads_out, *inputs, *ctx.values)
+            return *(None if t is None else g for t, g in zip(inputs, grads, strict=False)), *nothing
+
+    def autograd(*args: Any) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+            return Function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.dualscan.ssd_fwd.default(*args)
+            return forward(*args)
 
-    @staticmethod
-    def backward(ctx: Any, *grads_out: Any) -> tuple[Tensor | None, ...]:
-        dy, dfinal_states = grads_out
-        inputs = ctx.saved_tensors
-        if dy is None and dfinal_states is None:
-            return (None,) * 9
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "ssd: create_graph=True asks for a second derivative, which the chunked form does not have; "
-                "use impl='quadratic' or impl='recurrent'."
-            )
-        with blocks.without_autocast(inputs[0].device):
-            grads = torch.ops.dualscan.ssd_bwd.default(dy, dfinal_states, *inputs, ctx.chunk_size)
-        # The last two arguments, cu_seqlens and chunk_size, have no gradient.
-        return *(None if t is None else g for t, g in zip(inputs[:7], grads, strict=True)), None, None
+    return autograd
 
 
-def _autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-        return _SSD.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.dualscan.ssd_fwd.default(*args)
-
-
-_LIB.impl("ssd_fwd", _autograd, "Autograd")
+_OPS = torch.ops.dualscan
+_LIB.impl("ssd_fwd", _differentiable(_OPS.ssd_fwd.default, _OPS.ssd_bwd.default, 7), "Autograd")
+_LIB.impl("ssd_kernel_fwd", _differentiable(_OPS.ssd_kernel_fwd.default, _OPS.ssd_kernel_bwd.default, 8), "Autograd")
 
 
 def forward_flops(
@@ -164,5 +204,16 @@ def _backward_formula(
     return backward_flops(*_sizes(x, B, chunk))
 
 
+@register_flop_formula(torch.ops.dualscan.ssd_kernel_fwd)
+def _kernel_forward_formula(x: Any, dt: Any, decay: Any, B: Any, *_: Any, **__: Any) -> int:
+    return forward_flops(*_sizes(x, B, blocks.DEFAULT_CHUNK_SIZE))
+
+
+@register_flop_formula(torch.ops.dualscan.ssd_kernel_bwd)
+def _kernel_backward_formula(dy: Any, df: Any, x: Any, dt: Any, decay: Any, B: Any, *_: Any, **__: Any) -> int:
+    return backward_flops(*_sizes(x, B, blocks.DEFAULT_CHUNK_SIZE))
+
+
 # Loaded for its effect: `torch.ops.dualscan.ssd_fwd` exists once this module is imported.
 core = torch.ops.dualscan.ssd_fwd.default
+kernel = torch.ops.dualscan.ssd_kernel_fwd.default

@@ -1,0 +1,162 @@
+"""What every Triton launcher shares: may it run here, where, and over which pieces of the batch.
+
+Triton itself is imported by the kernel modules alone, and those by the launchers on their first call.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+OLDEST_CAPABILITY = (8, 0)
+TMA_CAPABILITY = (9, 0)
+
+
+@torch.compiler.assume_constant_result
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter on the CPU (TRITON_INTERPRET=1), as the tests do."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def obstacle(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on `device`; None means that they can."""
+    if device.type != "cuda":
+        return "the kernels need an NVIDIA GPU"
+    if not _installed():
+        return "Triton is not installed (pip install triton)"
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST_CAPABILITY:
+        return f"compute capability {major}.{minor} is below 8.0 (Ampere)"
+    return None
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of the GPU; 1 where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def has_tma(device: torch.device) -> bool:
+    """Whether tiles may be loaded by tensor descriptors; the interpreter knows them too."""
+    return interpreted() or torch.cuda.get_device_capability(device) >= TMA_CAPABILITY
+
+
+def on_device(t: Tensor) -> AbstractContextManager[object]:
+    """Launches go to the tensor's GPU, whatever the current one is."""
+    if t.device.type != "cuda" or t.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(t.device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """The pieces of a batch, as tables on the device, int32.
+
+    Attributes:
+        segments: (batch row, first token, end, first chunk, sequence) each: what one sequential program covers.
+        sequences: (first segment, segments) each.
+        chunks: (batch row, first token, end of the sequence) each.
+        segment: tokens a segment at most.
+        split: whether some sequence may have several segments.
+        ragged: whether the tables may hold more chunks than the sequences have; those are empty.
+    """
+
+    segments: Tensor
+    sequences: Tensor
+    chunks: Tensor
+    segment: int
+    split: bool
+    ragged: bool
+
+
+@lru_cache(maxsize=256)
+def batch_plan(batch: int, seqlen: int, chunk: int, segment: int, device: torch.device) -> Plan:
+    """Equal sequences: every batch row is one."""
+    chunks, segments = -(-seqlen // chunk), -(-seqlen // segment)
+    row, first = torch.arange(batch)[:, None], torch.arange(segments)[None, :] * segment
+    start = first.expand(batch, -1)
+    columns = (row, start, (start + segment).clamp(max=seqlen), row * chunks + start // chunk, row)
+    segment_table = torch.stack([c.expand(batch, segments) for c in columns], -1).reshape(-1, 5)
+    place = torch.arange(chunks)[None, :] * chunk
+    chunk_table = torch.stack([c.expand(batch, chunks) for c in (row, place, torch.tensor(seqlen))], -1).reshape(-1, 3)
+    sequences = torch.stack([row[:, 0] * segments, torch.full((batch,), segments)], -1)
+    tables = [t.to(device, torch.int32) for t in (segment_table, sequences, chunk_table)]
+    return Plan(*tables, segment=segment, split=segments > 1, ragged=False)
+
+
+def packed_plan(cu_seqlens: Tensor, seqlen: int, chunk: int, segment: int) -> Plan:
+    """Packed sequences, without looking at the lengths: the tables are as long as they can ever need to be."""
+    nseq, device = cu_seqlens.shape[0] - 1, cu_seqlens.device
+    start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    length = end - start
+    chunk_start = _starts(-(-length // chunk))
+    counts = (-(-length // segment)).clamp(min=1)
+    segment_start = _starts(counts)
+
+    def pieces(bound: int, starts: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.arange(bound, device=device)
+        owner = torch.searchsorted(starts[1:].contiguous(), index, right=True)
+        inside = owner < nseq
+        owner = owner.clamp(max=nseq - 1)
+        token = start[owner] + (index - starts[owner]) * size
+        limit = end[owner]
+        return owner, torch.where(inside, token, limit), limit
+
+    nsegments = nseq + seqlen // segment
+    owner, token, limit = pieces(nsegments, segment_start, segment)
+    zero = torch.zeros_like(owner)
+    first_chunk = chunk_start[owner] + (token - start[owner]) // chunk
+    segments = torch.stack([zero, token, torch.minimum(token + segment, limit), first_chunk, owner], -1)
+    _, token, limit = pieces(nseq + seqlen // chunk, chunk_start, chunk)
+    chunks = torch.stack([torch.zeros_like(token), token, limit], -1)
+    sequences = torch.stack([segment_start[:-1], counts], -1)
+    tables = [t.to(torch.int32).contiguous() for t in (segments, sequences, chunks)]
+    return Plan(*tables, segment=segment, split=nsegments > nseq, ragged=True)
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def plan(cu_seqlens: Tensor | None, batch: int, seqlen: int, chunk: int, segment: int, device: torch.device) -> Plan:
+    """The plan of a call; `segment` is a multiple of `chunk`."""
+    if cu_seqlens is None:
+        return batch_plan(batch, seqlen, chunk, segment, device)
+    return packed_plan(cu_seqlens, seqlen, chunk, segment)
+
+
+def rows_last(t: Tensor) -> Tensor:
+    """The tensor with a contiguous last dimension: itself for the views that a fused projection gives."""
+    return t if t.stride(-1) == 1 or (t.shape[-1] == 1 and t.is_contiguous()) else t.contiguous()
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can address (batch, seqlen, heads, width) tensors: 16-byte steps, no broadcasting."""
+    for t in tensors:
+        steps = [t.stride(d) * t.element_size() for d in range(3) if t.shape[d] > 1]
+        if t.data_ptr() % 16 or any(step <= 0 or step % 16 for step in steps):
+            return False
+    return True
+
+
+def descriptor(make: Callable[..., object], t: Tensor, rows: int, columns: int) -> object:
+    """A descriptor of (rows, columns) tiles of (batch, seqlen, heads, width), with heads before time."""
+    step = 16 // t.element_size()
+    order = (0, 2, 1)
+    # The stride of a dimension of one element is never used, but must be valid.
+    strides = [t.stride(d) if t.shape[d] > 1 else -(-t.shape[-1] // step) * step for d in order]
+    return make(t, [*(t.shape[d] for d in order), t.shape[-1]], [*strides, 1], [1, 1, rows, columns])

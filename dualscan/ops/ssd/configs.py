@@ -1,0 +1,74 @@
+"""Launch configurations of the SSD kernels: a pure function of headdim, d_state, dtype and architecture.
+
+Nothing is tuned at run time: a first call compiles one kernel a shape family, every rank takes the same configuration,
+and results repeat bitwise.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+MAX_D_STATE = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Tile sizes and launch parameters.
+
+    Attributes:
+        chunk: tokens a chunk (Q).
+        columns: columns of headdim a program of the sequential kernel holds.
+        warps, stages: of the sequential kernel with outputs.
+        states_warps, states_stages: of the sequential kernel that only writes states.
+        gradient_rows: state columns a program of the gradient kernel holds.
+        gradient_warps, gradient_stages: of the gradient kernel.
+        precision: of float32 products ("ieee", "tf32x3"); lower precisions ignore it.
+        validated: date of the check against float64 on the architecture, values and every gradient; None is
+            arithmetic from the register and shared-memory limits only.
+    """
+
+    chunk: int
+    columns: int
+    warps: int
+    stages: int
+    states_warps: int
+    states_stages: int
+    gradient_rows: int
+    gradient_warps: int
+    gradient_stages: int
+    precision: str = "tf32x3"
+    validated: str | None = None
+
+
+def power_of_two(n: int) -> int:
+    """The smallest tile side that covers `n`; tensor cores need 16."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def unsupported(dtype: torch.dtype, d_state: int) -> str | None:
+    """Why the kernels cannot compute this shape family; None means that they can."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels compute float32, bfloat16 and float16, not {dtype}"
+    if d_state > MAX_D_STATE:
+        return f"d_state={d_state} is above {MAX_D_STATE}, the most that fits the registers"
+    return None
+
+
+@lru_cache(maxsize=256)
+def choose(headdim: int, d_state: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
+    """The configuration of a shape family."""
+    n, p = power_of_two(d_state), power_of_two(headdim)
+    wide = dtype == torch.float32
+    columns = min(p, 32 if n > 128 or wide else 64)
+    return Config(
+        chunk=32 if wide else 64,
+        columns=columns,
+        warps=4,
+        stages=1 if wide else 2,
+        states_warps=4,
+        states_stages=1 if wide else 2,
+        gradient_rows=min(n, 64 if wide else 128),
+        gradient_warps=4,
+        gradient_stages=1 if wide else 2,
+    )

@@ -1,0 +1,308 @@
+"""The chunk-parallel kernels of the SSD backward: dB, dC and everything that goes to the step size and the decay.
+
+For one chunk, with the notation of `triton_scan` and sums over the heads of a group,
+
+    dC = Σ exp(cs) dY Sᵀ + (Σ W s_j) B,              W  = (dY Xᵀ) ∘ L
+    dB = Σ s exp(cs_Q - cs) X Gᵀ + (Σ Wᵀ s_j) C,     Wᵀ = (X dYᵀ) ∘ Lᵀ
+
+which are one formula with the roles of the scan's two directions: one kernel, launched twice. Its row sums give
+
+    r_i  = Σ_j (W ∘ C Bᵀ)_ij s_j + f_i,     f_i = exp(cs_i) dy_i · S C_i          (what token i reads)
+    ds_j = Σ_i (W ∘ C Bᵀ)_ij     + g_j,    g_j = exp(cs_Q - cs_j) x_j · G B_j    (the input scale's gradient)
+
+and the log-decay's gradient is the suffix sum inside the chunk of dcs = r - s ds, plus Σ_j s_j g_j + exp(cs_Q) <S, G>
+at the chunk's last token. Both sides take W from the same float32 products, so that what must cancel in the suffix sums
+cancels, and leave out its diagonal, where nothing decays; y · dy - x · dx of stored low-precision tensors would not.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dualscan.ops import _triton
+from dualscan.ops.ssd import configs
+from dualscan.ops.ssd.triton_scan import LOWEST, Call, load_tile, step_size
+
+
+@triton.jit
+def gradient_kernel(
+    value, other, query, key, state, out, rows_out, inner_out, products, overlaps, dD, scale, sums, chunks,
+    value_b, value_l, value_h, other_b, other_l, other_h, query_b, query_l, query_h, key_b, key_l, key_h,
+    out_part, out_b, out_l, out_h, nheads, heads_per_group, heads_per_program, headdim, d_state, padded,
+    Q: tl.constexpr, N: tl.constexpr, NT: tl.constexpr, P: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, REVERSE: tl.constexpr, VECTOR_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one chunk, `heads_per_program` heads of one group, N of the NT state columns.
+
+    Grid `(chunks, groups * parts, NT // N)`. dC from dY, X, C, B, S; with REVERSE dB from X, dY, B, C, G. Sums over
+    parts are left to the caller; those over the blocks of columns in `rows_out` and `inner_out` (block, head, token) to
+    `decay_gradient_kernel`.
+    """
+    c, part_lane, n_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    parts = heads_per_group // heads_per_program
+    group, part = part_lane // parts, part_lane % parts
+    batch = tl.load(chunks + c * 3)
+    row = tl.load(chunks + c * 3 + 1)
+    end = tl.load(chunks + c * 3 + 2)
+    if row >= end:
+        return
+    q, n, p = tl.arange(0, Q), tl.arange(0, N), tl.arange(0, P)
+    n_first = n_block * N
+    u = load_tile(query, batch, group, row, end, n_first, query_b, query_l, query_h, d_state, Q, N, TMA)
+    k = load_tile(key, batch, group, row, end, n_first, key_b, key_l, key_h, d_state, Q, N, TMA)
+    weights = tl.dot(u, tl.trans(k), input_precision=PRECISION)
+    # What a token writes and reads itself has no decay: left out of the sums that the decay's gradient is made of.
+    diagonal = q[:, None] == q[None, :]
+    if not REVERSE:
+        slot = (n_block * tl.cdiv(nheads, heads_per_group) + group).to(tl.int64) * padded + c * Q + q
+        overlap = tl.sum(tl.where(diagonal, weights, 0.0), 1)
+        tl.store(overlaps + slot, overlap, mask=(q >= 0) & (part == 0))
+    weights = tl.where(diagonal, 0.0, weights)
+    total = tl.zeros([Q, N], tl.float32)
+    dweights = tl.zeros([Q, Q], tl.float32)
+    first_head = group * heads_per_group + part * heads_per_program
+    for i in tl.range(0, heads_per_program * BLOCKS, num_stages=STAGES):
+        h = first_head + i // BLOCKS
+        block = i % BLOCKS
+        column = block * P
+        v = load_tile(value, batch, h, row, end, column, value_b, value_l, value_h, headdim, Q, P, TMA)
+        o = load_tile(other, batch, h, row, end, column, other_b, other_l, other_h, headdim, Q, P, TMA)
+        if TMA:
+            S = state.load([(c * nheads + h) * NT + n_first, column])
+        else:
+            entry = ((c.to(tl.int64) * nheads + h) * NT + n_first) * (BLOCKS * P) + column
+            S = tl.load(state + entry + n[:, None] * (BLOCKS * P) + p[None, :])
+        place = h.to(tl.int64) * padded + c * Q
+        s = tl.load(scale + place + q)
+        cs = tl.load(sums + place + q)
+        last = tl.load(sums + place + Q - 1)
+        # Inside the chunk.
+        inside = tl.dot(v, tl.trans(o), input_precision=PRECISION)
+        if not REVERSE:
+            product = tl.sum(tl.where(diagonal, inside, 0.0), 1)
+            slot = (block * nheads + h).to(tl.int64) * padded + c * Q + q
+            tl.store(products + slot, product, mask=(q >= 0) & (n_block == 0))
+        if REVERSE:
+            share = tl.exp2((last - cs).to(tl.float32))
+            gap = tl.where(q[:, None] <= q[None, :], cs[None, :] - cs[:, None], float("-inf"))
+            inside *= tl.exp2(gap.to(tl.float32))
+            pairs = tl.sum(inside * weights, 1)
+            dweights += inside * s[:, None]
+        else:
+            share = tl.exp2(cs.to(tl.float32))
+            gap = tl.where(q[:, None] >= q[None, :], cs[:, None] - cs[None, :], float("-inf"))
+            inside *= tl.exp2(gap.to(tl.float32)) * s[None, :]
+            pairs = tl.sum(inside * weights, 1)
+            dweights += inside
+        # Out of the state at the chunk's start; with REVERSE into the state at its end.
+        inner = tl.sum(tl.dot(u, S, input_precision=PRECISION) * v, 1) * share
+        weight = share * s if REVERSE else share
+        total = tl.dot((v * weight[:, None]).to(v.dtype), tl.trans(S), total, input_precision=PRECISION)
+        slot = ((n_block * BLOCKS + block) * nheads + h).to(tl.int64) * padded + c * Q + q
+        tl.store(rows_out + slot, pairs + inner)
+        if REVERSE:
+            tl.store(inner_out + slot, inner)
+            if VECTOR_D:
+                product = tl.sum(v.to(tl.float32) * o.to(tl.float32), 0)
+                place = (c.to(tl.int64) * nheads + h) * (BLOCKS * P) + column + p
+                tl.store(dD + place, product, mask=(p >= 0) & (n_block == 0))
+    total = tl.dot(dweights.to(k.dtype), k, total, input_precision=PRECISION)
+    place = part.to(tl.int64) * out_part + batch.to(tl.int64) * out_b + group * out_h + row.to(tl.int64) * out_l
+    within = (row + q < end)[:, None] & (n_first + n < d_state)[None, :]
+    tl.store(out + place + q[:, None] * out_l + n_first + n[None, :], total.to(out.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def decay_gradient_kernel(
+    rows_in, dscale, inner, products, overlaps, kept, scale, sums, dt, decay, bias, ddt, ddecay, dA, dbias, chunks,
+    nheads, heads_per_group, padded, low, high, dt_b, dt_l, dt_h, decay_b, decay_l, decay_h, out_b, out_l,
+    Q: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr, N_BLOCKS: tl.constexpr,
+    HAS_DT: tl.constexpr, PER_TOKEN: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
+):  # fmt: skip
+    """From the gradients of scale and sums to those of dt and the decay: `decay_kernel`, backward.
+
+    dt's gradient and a log-decay's are written per token, A's and the bias's as one sum a chunk `(chunks, nheads)`.
+    """
+    c = tl.program_id(0)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    q = tl.arange(0, Q)
+    batch = tl.load(chunks + c * 3).to(tl.int64)
+    rows = tl.load(chunks + c * 3 + 1).to(tl.int64) + q
+    known = heads < nheads
+    inside = (rows < tl.load(chunks + c * 3 + 2))[:, None] & known[None, :]
+    ds = tl.zeros([Q, HEADS], tl.float32)
+    reads = tl.zeros([Q, HEADS], tl.float32)
+    into = tl.zeros([Q, HEADS], tl.float32)
+    # Rows past the sequence's end are zeros, and the decay sums stay constant there.
+    every = known[None, :] & (q >= 0)[:, None]
+    for part in tl.static_range(BLOCKS * N_BLOCKS):
+        place = (part * nheads + heads).to(tl.int64)[None, :] * padded + c * Q + q[:, None]
+        reads += tl.load(rows_in + place, mask=inside, other=0.0)
+        ds += tl.load(dscale + place, mask=inside, other=0.0)
+        into += tl.load(inner + place, mask=inside, other=0.0)
+    place = heads.to(tl.int64)[None, :] * padded + c * Q + q[:, None]
+    s = tl.load(scale + place, mask=every, other=0.0)
+    last = tl.load(sums + heads.to(tl.int64) * padded + c * Q + Q - 1, mask=known, other=0.0)
+    alive = known & (tl.load(chunks + c * 3 + 1) < tl.load(chunks + c * 3 + 2))
+    tail = tl.zeros([HEADS], tl.float32)
+    for block in tl.static_range(BLOCKS):
+        entries = ((c * nheads + heads).to(tl.int64)[:, None] * BLOCKS + block) * N + tl.arange(0, N)[None, :]
+        tail += tl.sum(tl.load(kept + entries, mask=alive[:, None], other=0.0), 1)
+    tail *= tl.exp2(last.to(tl.float32))
+    tail += tl.sum(s * into, 0)
+    product = tl.zeros([Q, HEADS], tl.float32)
+    overlap = tl.zeros([Q, HEADS], tl.float32)
+    for block in tl.static_range(BLOCKS):
+        place = (block * nheads + heads).to(tl.int64)[None, :] * padded + c * Q + q[:, None]
+        product += tl.load(products + place, mask=inside, other=0.0)
+    for block in tl.static_range(N_BLOCKS):
+        group = block * tl.cdiv(nheads, heads_per_group) + heads // heads_per_group
+        overlap += tl.load(overlaps + group.to(tl.int64)[None, :] * padded + c * Q + q[:, None], mask=inside, other=0.0)
+    dcs = reads - s * ds + tl.where((q == Q - 1)[:, None], tail[None, :], 0.0)
+    ds += product * overlap
+    if HAS_DT:
+        raw = tl.load(dt + batch * dt_b + rows[:, None] * dt_l + heads[None, :] * dt_h, mask=inside, other=0.0)
+        shift = tl.zeros([HEADS], tl.float32)
+        if HAS_BIAS:
+            shift = tl.load(bias + heads, mask=known, other=0.0).to(tl.float32)
+        value, free = step_size(raw.to(tl.float32), shift[None, :], low, high, SOFTPLUS, CLAMP)
+    dlog = tl.cumsum(dcs, 0, reverse=True)
+    if PER_TOKEN:
+        per_token = batch * decay_b + rows[:, None] * decay_l + heads[None, :] * decay_h
+        log_decay = tl.load(decay + per_token, mask=inside, other=0.0).to(tl.float32)
+    else:
+        a = tl.load(decay + heads, mask=known, other=0.0).to(tl.float32)
+        log_decay = value * a[None, :]
+    dlog = tl.where(inside & (log_decay >= LOWEST), dlog, 0.0)
+    out = batch * out_b + rows[:, None] * out_l + heads[None, :]
+    if PER_TOKEN:
+        tl.store(ddecay + out, dlog.to(ddecay.dtype.element_ty), mask=inside)
+    else:
+        tl.store(dA + c * nheads + heads, tl.sum(tl.where(inside, dlog * value, 0.0), 0), mask=known)
+        ds += dlog * a[None, :]
+    if HAS_DT:
+        if CLAMP:
+            ds = tl.where((free >= low) & (free <= high), ds, 0.0)
+        if SOFTPLUS:
+            ds *= tl.sigmoid(raw.to(tl.float32) + shift[None, :])
+        tl.store(ddt + out, ds.to(ddt.dtype.element_ty), mask=inside)
+        if HAS_BIAS:
+            tl.store(dbias + c * nheads + heads, tl.sum(tl.where(inside, ds, 0.0), 0), mask=known)
+
+
+def backward(
+    dy: Tensor | None, dfinal: Tensor | None, x: Tensor, dt: Tensor | None, decay: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, dt_bias: Tensor | None, initial_states: Tensor | None, cu_seqlens: Tensor | None,
+    dt_softplus: bool, dt_min: float, dt_max: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x, dt, decay, B, C, D, dt_bias and initial_states; an empty tensor for an argument that was None."""
+    nothing = x.new_empty(0)
+    if x.numel() == 0:
+        dstates = nothing if initial_states is None else torch.zeros_like(initial_states)
+        if initial_states is not None and dfinal is not None:
+            dstates.copy_(dfinal)
+        grads = [nothing if t is None else torch.zeros_like(t) for t in (x, dt, decay, B, C, D, dt_bias)]
+        return *grads, dstates
+    if dy is None:
+        dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    with _triton.on_device(x):
+        x, B, C = (_triton.rows_last(t) for t in (x, B, C))
+        dy = dy if _triton.describable(dy) and dy.stride(-1) == 1 else dy.contiguous()
+        call = Call.prepare(x, dt, decay, B, C, dt_bias, cu_seqlens, dt_softplus, dt_min, dt_max, dy)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        S, G = call.chunk_states(), call.chunk_states()
+        kept = torch.empty(S.shape[0], S.shape[1], call.blocks, S.shape[2], device=x.device)
+        initial = None if initial_states is None else initial_states.contiguous()
+        dinitial = call.run(dy, None if dfinal is None else dfinal.contiguous(), dx, D, reverse=True, saved=G)
+        call.run(x, initial, None, None, saved=S, counterpart=G, kept=kept)
+        dB, dC, dD, pieces = _parameter_gradients(call, dy, S, G, D)
+        ddt, ddecay, dbias = _decay_gradients(call, kept, *pieces)
+    return (
+        dx, nothing if ddt is None else ddt, ddecay, dB, dC, nothing if dD is None else dD,
+        nothing if dbias is None else dbias, nothing if initial_states is None else dinitial,
+    )  # fmt: skip
+
+
+def _parameter_gradients(call: Call, dy: Tensor, S: Tensor, G: Tensor, D: Tensor | None) -> tuple[Any, ...]:
+    """dB, dC, dD, and what the decay's gradient is made of."""
+    x, B, C, config, plan = call.x, call.B, call.C, call.config, call.plan
+    nheads, headdim = x.shape[2:]
+    ngroups, d_state = B.shape[2:]
+    n, n_total, p, blocks = config.gradient_rows, S.shape[2], config.columns, call.blocks
+    nchunks, per_group = plan.chunks.shape[0], nheads // ngroups
+    parts = _head_parts(per_group, nchunks * ngroups * (n_total // n), _triton.multiprocessors(x.device))
+    kind = {"dtype": x.dtype if parts == 1 else torch.float32, "device": x.device}
+    dB, dC = (torch.empty(parts, *B.shape, **kind) for _ in range(2))
+    pieces = n_total // n * blocks
+    reads, dscale, inner = (torch.empty(pieces, nheads, call.padded, device=x.device) for _ in range(3))
+    products = torch.empty(blocks, nheads, call.padded, device=x.device)
+    overlaps = torch.empty(n_total // n, ngroups, call.padded, device=x.device)
+    dD = None
+    if D is not None and D.ndim == 2:
+        # An empty chunk's program writes nothing.
+        make = torch.zeros if plan.ragged else torch.empty
+        dD = make((nchunks, nheads, blocks * p), device=x.device)
+    reading = (dy, x, C, B, S, dC, reads, None, products, overlaps)
+    writing = (x, dy, B, C, G, dB, dscale, inner, None, None)
+    for reverse, (value, other, query, key, state, out, *rest) in enumerate((reading, writing)):
+        gradient_kernel[(nchunks, ngroups * parts, n_total // n)](
+            call.tiles(value, p), call.tiles(other, p), call.tiles(query, n), call.tiles(key, n),
+            call.state_tiles(state, n), out, *rest, dD, call.scale, call.sums, plan.chunks,
+            *value.stride()[:3], *other.stride()[:3], *query.stride()[:3], *key.stride()[:3], *out.stride()[:4],
+            nheads, per_group, per_group // parts, headdim, d_state, call.padded,
+            Q=config.chunk, N=n, NT=n_total, P=p, BLOCKS=blocks, STAGES=config.gradient_stages, TMA=call.tma,
+            REVERSE=bool(reverse), VECTOR_D=dD is not None and bool(reverse), PRECISION=config.precision,
+            num_warps=config.gradient_warps,
+        )  # fmt: skip
+    if D is not None:
+        # Rows past a sequence's end, where they exist, belong to chunks without a program or are zero.
+        total = _token_sum(products, plan) if dD is None else dD.sum(0)[:, :headdim]
+        dD = total.to(D.dtype)
+    parts_of_decay = (reads, dscale, inner, products, overlaps)
+    if parts == 1:
+        return dB[0], dC[0], dD, parts_of_decay
+    return dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD, parts_of_decay
+
+
+def _token_sum(products: Tensor, plan: _triton.Plan) -> Tensor:
+    """dy · x of every token (block, head, token), summed; the rows of empty chunks hold nothing."""
+    if plan.ragged:
+        alive = plan.chunks[:, 1] < plan.chunks[:, 2]
+        products = torch.where(alive[:, None], products.unflatten(2, (alive.shape[0], -1)), 0.0).flatten(2)
+    return products.sum((0, 2))
+
+
+def _decay_gradients(
+    call: Call, kept: Tensor, reads: Tensor, dscale: Tensor, inner: Tensor, products: Tensor, overlaps: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Gradients of dt, of A or the log-decay, and of the bias."""
+    batch, seqlen, nheads, _ = call.x.shape
+    nchunks, options = call.plan.chunks.shape[0], call.decay_options
+    token = (batch, seqlen, nheads)
+    ddt = None if call.dt is None else torch.empty(token, dtype=call.dt.dtype, device=call.x.device)
+    per_chunk = {"dtype": torch.float32, "device": call.x.device}
+    dbias = None if call.bias is None else torch.empty(nchunks, nheads, **per_chunk)
+    ddecay = dA = None
+    if options["PER_TOKEN"]:
+        ddecay = torch.empty(token, dtype=call.decay.dtype, device=call.x.device)
+    else:
+        dA = torch.empty(nchunks, nheads, **per_chunk)
+    heads = min(16, configs.power_of_two(nheads))
+    decay_gradient_kernel[(nchunks, triton.cdiv(nheads, heads))](
+        reads, dscale, inner, products, overlaps, kept, call.scale, call.sums, call.dt, call.decay, call.bias,
+        ddt, ddecay, dA, dbias, call.plan.chunks, nheads, nheads // call.B.shape[2], call.padded, *call.limit,
+        *call.decay_strides, seqlen * nheads, nheads, HEADS=heads, N=kept.shape[3], BLOCKS=kept.shape[2],
+        N_BLOCKS=overlaps.shape[0], num_warps=2, **options,
+    )  # fmt: skip
+    if dbias is not None:
+        dbias = dbias.sum(0).to(call.bias.dtype)
+    return ddt, ddecay if dA is None else dA.sum(0).to(call.decay.dtype), dbias
+
+
+def _head_parts(per_group: int, programs: int, multiprocessors: int) -> int:
+    """Into how many parts a group's heads are split: a divisor, enough for every multiprocessor."""
+    divisors = (k for k in range(1, per_group + 1) if per_group % k == 0)
+    return next((k for k in divisors if programs * k >= multiprocessors), per_group)

@@ -1,0 +1,403 @@
+"""The sequential kernel of SSD and what surrounds it (section 6 of arXiv 2405.21060, one chunk after the other).
+
+With cs the cumulative sum of the log-decay inside a chunk, L_ij = exp(cs_i - cs_j) for i >= j, and s the input scale,
+
+    forward:  Y  = (C Bᵀ ∘ L) (s X)   + exp(cs) C S         S' = exp(cs_Q) S + Bᵀ (exp(cs_Q - cs) s X)
+    backward: dX = s (B Cᵀ ∘ Lᵀ) dY + s exp(cs_Q - cs) B G  G' = exp(cs_Q) G + Cᵀ (exp(cs) dY)
+
+where S is the state at the chunk's start and G the gradient of the state at its end. The second line is the first with
+B and C exchanged, dY for X and time reversed, so one kernel serves both: `scan_kernel` with query, key and value. It
+also gives the states alone, which the split of a long sequence and the parameter gradients need.
+
+Sums of log-decays are kept in powers of two: exp2 is one instruction. Every exponent is <= 0.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dualscan.ops import _triton
+from dualscan.ops.ssd import configs
+
+# Programs of the sequential kernel that a multiprocessor should find, and the fewest tokens worth a segment.
+OCCUPANCY = 4
+SHORTEST_SEGMENT = 512
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1000.0)
+
+
+@triton.jit
+def load_tile(
+    source, batch, lane, row, end, column, stride_b, stride_l, stride_h, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows [row, row + ROWS) of a head or group, as (ROWS, COLUMNS); zeros beyond `end` and `width`."""
+    if TMA:
+        tile = source.load([batch, lane, row, column]).reshape(ROWS, COLUMNS)
+    else:
+        rows, columns = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        base = source + batch.to(tl.int64) * stride_b + lane.to(tl.int64) * stride_h + row.to(tl.int64) * stride_l
+        inside = (row + rows < end)[:, None] & (columns < width)[None, :]
+        tile = tl.load(base + rows[:, None] * stride_l + columns[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    target, tile, batch, lane, row, end, column, stride_b, stride_l, stride_h, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The counterpart of `load_tile`: nothing is written beyond `end` and `width`."""
+    if TMA:
+        target.store([batch, lane, row, column], tile.reshape(1, 1, ROWS, COLUMNS))
+    else:
+        rows, columns = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        base = target + batch.to(tl.int64) * stride_b + lane.to(tl.int64) * stride_h + row.to(tl.int64) * stride_l
+        inside = (row + rows < end)[:, None] & (columns < width)[None, :]
+        tl.store(base + rows[:, None] * stride_l + columns[None, :], tile, mask=inside)
+
+
+@triton.jit
+def step_size(raw, bias, low, high, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr):
+    """Δ = clamp(softplus(dt + dt_bias)), and its value before the clamp. log1p(u) = log(1 + u) u / ((1 + u) - 1)."""
+    value = raw + bias
+    if SOFTPLUS:
+        u = tl.exp(tl.minimum(value, 20.0))
+        w = 1.0 + u
+        small = tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
+        value = tl.where(value > 20.0, value, small)
+    clamped = value
+    if CLAMP:
+        clamped = tl.minimum(tl.maximum(value, low), high)
+    return clamped, value
+
+
+@triton.jit
+def decay_kernel(
+    dt, decay, bias, scale_out, sums_out, chunks, nheads, padded, low, high,
+    dt_b, dt_l, dt_h, decay_b, decay_l, decay_h,
+    Q: tl.constexpr, HEADS: tl.constexpr, HAS_DT: tl.constexpr, PER_TOKEN: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
+):  # fmt: skip
+    """Input scales and sums of log-decays of every chunk, head by head: `(nheads, padded)`, 0 and constant past an end.
+
+    `decay` is A `(nheads,)`, multiplied by the step size, or a log-decay per token and head (PER_TOKEN).
+    """
+    c = tl.program_id(0)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    q = tl.arange(0, Q)
+    batch = tl.load(chunks + c * 3).to(tl.int64)
+    rows = tl.load(chunks + c * 3 + 1).to(tl.int64) + q
+    inside = (rows < tl.load(chunks + c * 3 + 2))[:, None] & (heads < nheads)[None, :]
+    if HAS_DT:
+        raw = tl.load(dt + batch * dt_b + rows[:, None] * dt_l + heads[None, :] * dt_h, mask=inside, other=0.0)
+        shift = tl.zeros([HEADS], tl.float32)
+        if HAS_BIAS:
+            shift = tl.load(bias + heads, mask=heads < nheads, other=0.0).to(tl.float32)
+        scale, _ = step_size(raw.to(tl.float32), shift[None, :], low, high, SOFTPLUS, CLAMP)
+    else:
+        scale = tl.full([Q, HEADS], 1.0, tl.float32)
+    if PER_TOKEN:
+        place = batch * decay_b + rows[:, None] * decay_l + heads[None, :] * decay_h
+        log_decay = tl.load(decay + place, mask=inside, other=0.0).to(tl.float32)
+    else:
+        log_decay = scale * tl.load(decay + heads, mask=heads < nheads, other=0.0).to(tl.float32)[None, :]
+    scale = tl.where(inside, scale, 0.0)
+    powers = tl.where(inside, tl.maximum(log_decay, LOWEST), 0.0).to(sums_out.dtype.element_ty) * LOG2E
+    out = heads.to(tl.int64)[None, :] * padded + c * Q + q[:, None]
+    mask = (heads < nheads)[None, :] & (q >= 0)[:, None]
+    tl.store(scale_out + out, scale, mask=mask)
+    tl.store(sums_out + out, tl.cumsum(powers, 0), mask=mask)
+
+
+@triton.jit
+def scan_kernel(
+    query, key, value, out, scale, sums, D, initial, final, saved, counterpart, kept, segments,
+    query_b, query_l, query_h, key_b, key_l, key_h, value_b, value_l, value_h, out_b, out_l, out_h, D_h, D_p,
+    nheads, heads_per_group, headdim, d_state, padded,
+    Q: tl.constexpr, N: tl.constexpr, P: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    REVERSE: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr, KEPT: tl.constexpr, HAS_D: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: P columns of one head over one segment, the state (N, P) in registers.
+
+    Grid `(nheads * cdiv(headdim, P), segments)`. `segments` holds (batch row, first token, end, first chunk, sequence).
+    OUTPUT writes `out`; SAVE writes every chunk's state on entry to `saved` (chunk, head, N, columns); KEPT writes its
+    inner product with `counterpart`, of the same layout, summed over columns, to `kept` (chunk, head, block, N).
+    """
+    blocks = tl.cdiv(headdim, P)
+    h = tl.program_id(0) // blocks
+    column = (tl.program_id(0) % blocks) * P
+    segment = tl.program_id(1)
+    batch = tl.load(segments + segment * 5)
+    start = tl.load(segments + segment * 5 + 1)
+    end = tl.load(segments + segment * 5 + 2)
+    first_chunk = tl.load(segments + segment * 5 + 3)
+    group = h // heads_per_group
+    nchunks = tl.cdiv(end - start, Q)
+    q, n, p = tl.arange(0, Q), tl.arange(0, N), tl.arange(0, P)
+    columns = column + p
+    state_place = (segment.to(tl.int64) * nheads + h) * headdim * d_state + columns[None, :] * d_state + n[:, None]
+    state_inside = (columns < headdim)[None, :] & (n < d_state)[:, None]
+    state = tl.zeros([N, P], tl.float32)
+    if HAS_INITIAL:
+        state = tl.load(initial + state_place, mask=state_inside, other=0.0)
+    if HAS_D:
+        skip = tl.load(D + h * D_h + columns * D_p, mask=columns < headdim, other=0.0).to(tl.float32)
+    for i in tl.range(0, nchunks, num_stages=STAGES):
+        c = nchunks - 1 - i if REVERSE else i
+        row = start + c * Q
+        place = h.to(tl.int64) * padded + (first_chunk + c) * Q
+        k = load_tile(key, batch, group, row, end, 0, key_b, key_l, key_h, d_state, Q, N, TMA)
+        v = load_tile(value, batch, h, row, end, column, value_b, value_l, value_h, headdim, Q, P, TMA)
+        s = tl.load(scale + place + q)
+        cs = tl.load(sums + place + q)
+        last = tl.load(sums + place + Q - 1)
+        from_start = tl.exp2(cs.to(tl.float32))
+        to_end = tl.exp2((last - cs).to(tl.float32))
+        low = state.to(v.dtype)
+        if SAVE:
+            entry = ((first_chunk + c).to(tl.int64) * nheads + h) * N * (blocks * P)
+            tl.store(saved + entry + n[:, None] * (blocks * P) + columns[None, :], low)
+        if KEPT:
+            lane = (first_chunk + c) * nheads + h
+            if TMA:
+                other = counterpart.load([lane * N, column])
+            else:
+                other = tl.load(counterpart + entry + n[:, None] * (blocks * P) + columns[None, :])
+            inner = tl.sum(other.to(tl.float32) * state, 1)
+            tl.store(kept + (lane.to(tl.int64) * blocks + column // P) * N + n, inner)
+        if OUTPUT:
+            u = load_tile(query, batch, group, row, end, 0, query_b, query_l, query_h, d_state, Q, N, TMA)
+            weights = tl.dot(u, tl.trans(k), input_precision=PRECISION)
+            if REVERSE:
+                gap = tl.where(q[:, None] <= q[None, :], cs[None, :] - cs[:, None], float("-inf"))
+                weights *= tl.exp2(gap.to(tl.float32))
+                y = tl.dot(u, low, input_precision=PRECISION) * to_end[:, None]
+            else:
+                gap = tl.where(q[:, None] >= q[None, :], cs[:, None] - cs[None, :], float("-inf"))
+                weights *= tl.exp2(gap.to(tl.float32)) * s[None, :]
+                y = tl.dot(u, low, input_precision=PRECISION) * from_start[:, None]
+            y = tl.dot(weights.to(v.dtype), v, y, input_precision=PRECISION)
+            if REVERSE:
+                y *= s[:, None]
+            if HAS_D:
+                y += skip[None, :] * v
+            store_tile(out, y.to(v.dtype), batch, h, row, end, column, out_b, out_l, out_h, headdim, Q, P, TMA)
+        share = from_start if REVERSE else to_end * s
+        scaled = (v * share[:, None]).to(v.dtype)
+        state = tl.dot(tl.trans(k), scaled, state * tl.exp2(last.to(tl.float32)), input_precision=PRECISION)
+    tl.store(final + state_place, state, mask=state_inside)
+
+
+@triton.jit
+def combine_kernel(
+    ends, initial, starts, final, sums, segments, sequences, nheads, per_head, padded,
+    Q: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr,
+):  # fmt: skip
+    """Joins the segments of every sequence: from each segment's own contribution to the state at its entry.
+
+    Grid `(nheads, cdiv(per_head, BLOCK), sequences)`, float32. `sequences` holds (first segment, number of segments).
+    """
+    h, sequence = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < per_head
+    first = tl.load(sequences + sequence * 2)
+    count = tl.load(sequences + sequence * 2 + 1)
+    state = tl.zeros([BLOCK], tl.float32)
+    if HAS_INITIAL:
+        state = tl.load(initial + (sequence.to(tl.int64) * nheads + h) * per_head + e, mask=inside, other=0.0)
+    for i in range(count):
+        segment = first + (count - 1 - i if REVERSE else i)
+        start = tl.load(segments + segment * 5 + 1)
+        end = tl.load(segments + segment * 5 + 2)
+        chunk = tl.load(segments + segment * 5 + 3) + tl.arange(0, CHUNKS)
+        used = tl.arange(0, CHUNKS) < tl.cdiv(end - start, Q)
+        total = tl.sum(tl.load(sums + h * padded + chunk * Q + Q - 1, mask=used, other=0.0), 0)
+        place = (segment.to(tl.int64) * nheads + h) * per_head + e
+        tl.store(starts + place, state, mask=inside)
+        state = state * tl.exp2(total.to(tl.float32)) + tl.load(ends + place, mask=inside, other=0.0)
+    tl.store(final + (sequence.to(tl.int64) * nheads + h) * per_head + e, state, mask=inside)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One call's tensors, sizes, plan and decays, shared by forward and backward."""
+
+    x: Tensor
+    dt: Tensor | None
+    decay: Tensor
+    B: Tensor
+    C: Tensor
+    bias: Tensor | None
+    softplus: bool
+    limit: tuple[float, float]
+    config: configs.Config
+    plan: _triton.Plan
+    scale: Tensor
+    sums: Tensor
+    tma: bool
+
+    @classmethod
+    def prepare(
+        cls, x: Tensor, dt: Tensor | None, decay: Tensor, B: Tensor, C: Tensor, bias: Tensor | None,
+        cu_seqlens: Tensor | None, softplus: bool, low: float, high: float, dy: Tensor | None = None,
+    ) -> "Call":  # fmt: skip
+        """Picks configuration and plan, and computes the step sizes and decay sums of every chunk."""
+        batch, seqlen, nheads, headdim = x.shape
+        capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (9, 0)
+        config = configs.choose(headdim, B.shape[3], x.dtype, capability)
+        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        programs = sequences * nheads * triton.cdiv(headdim, config.columns)
+        plan = _triton.plan(cu_seqlens, batch, seqlen, config.chunk, _segment(seqlen, programs, config, x), x.device)
+        padded = plan.chunks.shape[0] * config.chunk
+        scale = torch.empty(nheads, padded, dtype=torch.float32, device=x.device)
+        sums = torch.empty_like(scale, dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
+        described = (x, B, C) if dy is None else (x, B, C, dy)
+        tma = cu_seqlens is None and _triton.has_tma(x.device) and _triton.describable(*described)
+        call = cls(x, dt, decay, B, C, bias, softplus, (low, high), config, plan, scale, sums, tma)
+        heads = min(16, configs.power_of_two(nheads))
+        decay_kernel[(plan.chunks.shape[0], triton.cdiv(nheads, heads))](
+            dt, decay, bias, scale, sums, plan.chunks, nheads, padded, low, high, *call.decay_strides,
+            HEADS=heads, num_warps=2, **call.decay_options,
+        )  # fmt: skip
+        return call
+
+    @property
+    def decay_strides(self) -> tuple[int, ...]:
+        """Of dt and of a log-decay per token."""
+        dt = (0, 0, 0) if self.dt is None else self.dt.stride()
+        return *dt, *(self.decay.stride() if self.decay.ndim == 3 else (0, 0, 0))
+
+    @property
+    def decay_options(self) -> dict[str, object]:
+        """What the decay kernels compile in."""
+        return {
+            "Q": self.config.chunk,
+            "HAS_DT": self.dt is not None,
+            "PER_TOKEN": self.decay.ndim == 3,
+            "HAS_BIAS": self.bias is not None,
+            "SOFTPLUS": self.softplus,
+            "CLAMP": self.limit != (0.0, math.inf),
+        }
+
+    @property
+    def padded(self) -> int:
+        """Tokens with every chunk filled up."""
+        return self.scale.shape[1]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of columns of headdim."""
+        return triton.cdiv(self.x.shape[3], self.config.columns)
+
+    def chunk_states(self) -> Tensor:
+        """Room for one state a chunk and head, in the inputs' dtype, padded to whole tiles."""
+        n, width = configs.power_of_two(self.B.shape[3]), self.blocks * self.config.columns
+        shape = (self.plan.chunks.shape[0], self.x.shape[2], n, width)
+        return torch.empty(shape, dtype=self.x.dtype, device=self.x.device)
+
+    def tiles(self, t: Tensor, columns: int) -> object:
+        """What a kernel reads a tensor through: a descriptor, or the tensor."""
+        return _triton.descriptor(TensorDescriptor, t, self.config.chunk, columns) if self.tma else t
+
+    def state_tiles(self, saved: Tensor, rows: int) -> object:
+        """What a kernel reads chunk states through."""
+        flat = saved.view(-1, saved.shape[-1])
+        tile = [rows, self.config.columns]
+        return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), tile) if self.tma else saved
+
+    def scan(
+        self, value: Tensor, initial: Tensor | None, final: Tensor, *, reverse: bool = False,
+        out: Tensor | None = None, D: Tensor | None = None, saved: Tensor | None = None,
+        counterpart: Tensor | None = None, kept: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Launches `scan_kernel` over every segment."""
+        config, query, key = self.config, *((self.B, self.C) if reverse else (self.C, self.B))
+        n, p = configs.power_of_two(key.shape[3]), config.columns
+        output = out is not None
+        skip = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
+        nheads, headdim = value.shape[2:]
+        scan_kernel[(nheads * self.blocks, self.plan.segments.shape[0])](
+            self.tiles(query, n), self.tiles(key, n), self.tiles(value, p), None if out is None else self.tiles(out, p),
+            self.scale, self.sums, D, initial, final, saved,
+            None if counterpart is None else self.state_tiles(counterpart, n), kept, self.plan.segments,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *(out.stride()[:3] if output else (0, 0, 0)),
+            *skip, nheads, nheads // key.shape[2], headdim, key.shape[3], self.padded,
+            Q=config.chunk, N=n, P=p, STAGES=config.stages if output else config.states_stages, TMA=self.tma,
+            REVERSE=reverse, OUTPUT=output, SAVE=saved is not None, KEPT=kept is not None, HAS_D=D is not None,
+            HAS_INITIAL=initial is not None, PRECISION=config.precision,
+            num_warps=config.warps if output else config.states_warps,
+        )  # fmt: skip
+
+    def entries(self, value: Tensor, initial: Tensor | None, *, reverse: bool = False) -> tuple[Tensor | None, Tensor]:
+        """States at the entry of every segment, and where the last states go: `(segments or nseq, h, p, n)`.
+
+        One segment a sequence: the given states and an empty result, which the scan fills. Else the segments' own
+        contributions are computed in parallel and joined, and the result is already there.
+        """
+        nheads, headdim = value.shape[2:]
+        per_head = headdim * self.B.shape[3]
+        shape = (self.plan.sequences.shape[0], nheads, headdim, self.B.shape[3])
+        final = torch.empty(shape, dtype=torch.float32, device=value.device)
+        if not self.plan.split:
+            return initial, final
+        ends = torch.empty(self.plan.segments.shape[0], *shape[1:], dtype=torch.float32, device=value.device)
+        starts = torch.empty_like(ends)
+        self.scan(value, None, ends, reverse=reverse)
+        segment_chunks = triton.next_power_of_2(self.plan.segment // self.config.chunk)
+        block = 1024
+        combine_kernel[(nheads, triton.cdiv(per_head, block), shape[0])](
+            ends, initial, starts, final, self.sums, self.plan.segments, self.plan.sequences, nheads, per_head,
+            self.padded, Q=self.config.chunk, CHUNKS=segment_chunks, BLOCK=block, REVERSE=reverse,
+            HAS_INITIAL=initial is not None,
+        )  # fmt: skip
+        return starts, final
+
+    def run(
+        self, value: Tensor, initial: Tensor | None, out: Tensor | None, D: Tensor | None, *, reverse: bool = False,
+        **states: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Outputs into `out`, every chunk's state as `scan` saves it; returns the last states."""
+        starts, final = self.entries(value, initial, reverse=reverse)
+        last = torch.empty_like(starts) if self.plan.split and starts is not None else final
+        self.scan(value, starts, last, reverse=reverse, out=out, D=D, **states)
+        return final
+
+
+def _segment(seqlen: int, programs: int, config: configs.Config, x: Tensor) -> int:
+    """Tokens a segment: whole sequences where they fill the GPU, else enough segments for every multiprocessor."""
+    wanted = OCCUPANCY * _triton.multiprocessors(x.device)
+    if programs >= wanted // 2:
+        return (seqlen // config.chunk + 2) * config.chunk
+    length = triton.cdiv(seqlen, triton.cdiv(wanted, max(programs, 1)))
+    return max(triton.cdiv(length, config.chunk) * config.chunk, SHORTEST_SEGMENT)
+
+
+def forward(
+    x: Tensor, dt: Tensor | None, decay: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    initial_states: Tensor | None, cu_seqlens: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns `y` (b, l, h, p) in x's dtype and final states (b or nseq, h, p, n) in float32."""
+    if x.numel() == 0:
+        return torch.empty_like(x), no_tokens(x, B, initial_states, cu_seqlens)
+    with _triton.on_device(x):
+        x, B, C = (_triton.rows_last(t) for t in (x, B, C))
+        call = Call.prepare(x, dt, decay, B, C, dt_bias, cu_seqlens, dt_softplus, dt_min, dt_max)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        initial = None if initial_states is None else initial_states.contiguous()
+        return y, call.run(x, initial, y, D)
+
+
+def no_tokens(x: Tensor, B: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Final states without a single token: the initial ones."""
+    if initial_states is not None:
+        return initial_states.clone()
+    nseq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_zeros((nseq, *x.shape[2:], B.shape[3]), dtype=torch.float32)

@@ -1,0 +1,128 @@
+"""The kernels against the float64 recurrence: in Triton's interpreter (float32, float16), on a GPU as they are."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dualscan.ops import _triton
+from dualscan.ops.ssd import configs, linear_attention, ssd
+from tests.ops.ssd.test_parity import ATTENTION_CORNERS, SSD_CORNERS
+from tests.strategies import Problem, assert_matches, attention_problem, evaluate, ssd_problem
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [] if CUDA else [pytest.mark.usefixtures("interpreter")]
+
+# Too many programs for the interpreter.
+LARGE = {"more rows than fit the cache", "more packs than fit the cache"}
+CORNERS = {name: SSD_CORNERS[name] for name in SSD_CORNERS.keys() - LARGE}
+# Tiles: widths that are no power of two, several blocks of headdim, the widest state.
+TILES: dict[str, dict[str, Any]] = {
+    "odd tiles": {"headdim": 24, "d_state": 40, "D": "vector"},
+    "blocks of columns": {"headdim": 80, "D": "vector"},
+    "blocks of columns, scalar D": {"headdim": 72, "D": "scalar"},
+    "widest state": {"d_state": 256, "D": "scalar"},
+    "several chunks": {"seqlen": 150, "D": "scalar"},
+}
+# The interpreter is slow: there float16 takes the corners that reach every branch.
+FEW = ["everything", "everything packed", "odd sizes"]
+RUNS = [(name, torch.float32) for name in sorted(CORNERS)]
+RUNS += [(name, dtype) for dtype in (torch.float16, torch.bfloat16)[: 1 + CUDA] for name in (CORNERS if CUDA else FEW)]
+
+
+def on_device(problem: Problem) -> Problem:
+    options = {name: t.to(DEVICE) if isinstance(t, Tensor) else t for name, t in problem.options.items()}
+    tensors = {name: t.to(DEVICE) for name, t in problem.tensors.items()}
+    dy, dfinal = problem.dy.to(DEVICE), problem.dfinal.to(DEVICE)
+    return replace(problem, tensors=tensors, dy=dy, dfinal=dfinal, options=options)
+
+
+def compare(problem: Problem, dtype: torch.dtype) -> None:
+    problem = on_device(problem)
+    oracle = evaluate(problem.double(), impl="recurrent")
+    assert_matches(evaluate(problem, impl="triton"), oracle, dtype=dtype)
+
+
+@pytest.mark.parametrize(("corner", "dtype"), RUNS)
+def test_ssd(corner: str, dtype: torch.dtype) -> None:
+    compare(ssd_problem(dtype=dtype, **CORNERS[corner]), dtype)
+
+
+@pytest.mark.parametrize("corner", sorted(ATTENTION_CORNERS))
+def test_linear_attention(corner: str) -> None:
+    compare(attention_problem(**ATTENTION_CORNERS[corner]), torch.float32)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_tiles(tile: str) -> None:
+    compare(ssd_problem(batch=1, nheads=2, ngroups=1, states=True, **TILES[tile]), torch.float32)
+
+
+@pytest.mark.parametrize("lengths", [None, [70, 0, 33, 1, 130]])
+def test_split_sequences(lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dualscan.ops.ssd import triton_scan
+
+    monkeypatch.setattr(triton_scan, "SHORTEST_SEGMENT", 64)
+    monkeypatch.setattr(triton_scan, "OCCUPANCY", 1000)
+    problem = ssd_problem(batch=1, seqlen=200, nheads=2, ngroups=1, lengths=lengths, D="scalar", states=True)
+    compare(problem, torch.float32)
+
+
+def test_views_of_one_projection() -> None:
+    problem = ssd_problem(batch=2, nheads=2, headdim=16, ngroups=1, d_state=16)
+    t = problem.tensors
+    joint = torch.cat([t[name].flatten(2) for name in ("x", "B", "C")], -1)
+    x, B, C = joint.split([32, 16, 16], -1)
+    views = problem.having(x=x.unflatten(-1, (2, 16)), B=B.unsqueeze(2), C=C.unsqueeze(2))
+    assert not views.tensors["x"].is_contiguous()
+    compare(views, torch.float32)
+    # A broadcast gradient, as y.sum() gives, and transposed inputs.
+    x = t["x"].transpose(-1, -2).contiguous().transpose(-1, -2)
+    compare(replace(problem.having(x=x), dy=torch.ones(1).expand(problem.dy.shape)), torch.float32)
+
+
+def test_repeats_bitwise() -> None:
+    problem = on_device(ssd_problem(seqlen=70, states=True, D="scalar", dt_bias=True))
+    first, second = evaluate(problem, impl="triton"), evaluate(problem, impl="triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_packed_equals_separate_bitwise() -> None:
+    lengths = [33, 1, 40]
+    whole = on_device(ssd_problem(lengths=lengths, nheads=2, ngroups=1, headdim=16, states=True))
+    output = whole(impl="triton")
+    start = 0
+    for i, length in enumerate(lengths):
+        own = {name: whole.tensors[name][:, start : start + length].clone() for name in ("x", "dt", "B", "C")}
+        states = whole.tensors["initial_states"][i : i + 1]
+        alone = ssd(**own, A=whole.tensors["A"], initial_states=states, impl="triton")
+        assert torch.equal(alone.y, output.y[:, start : start + length])
+        assert torch.equal(alone.final_states[0], output.final_states[i])
+        start += length
+
+
+def test_what_the_kernels_cannot_compute() -> None:
+    x, dt, A = (
+        torch.zeros(1, 2, 1, 4, device=DEVICE),
+        torch.zeros(1, 2, 1, device=DEVICE),
+        -torch.ones(1, device=DEVICE),
+    )
+    wide = torch.zeros(1, 2, 1, configs.MAX_D_STATE + 1, device=DEVICE)
+    with pytest.raises(ValueError, match=r"ssd: impl='triton' cannot run on these inputs: d_state=257 is above 256"):
+        ssd(x, dt, A, wide, wide, impl="triton")
+    double = wide.double()
+    with pytest.raises(ValueError, match=r"linear_attention: impl='triton' .* not torch.float64; use impl='auto'"):
+        linear_attention(double, double, x.double(), impl="triton")
+
+
+def test_kernels_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, dt, A = torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1), -torch.ones(1)
+    with pytest.raises(ValueError, match=r"impl='triton' cannot run on cpu: .* NVIDIA GPU; use impl='auto'"):
+        ssd(x, dt, A, x, x, impl="triton")
+    # Without Triton, the message says which package is missing.
+    monkeypatch.setattr(_triton, "_installed", lambda: False)
+    assert "pip install triton" in str(_triton.obstacle(torch.device("cuda")))
