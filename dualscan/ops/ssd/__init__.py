@@ -145,7 +145,7 @@ def ssd_step(
         dt_bias: `(nheads,)`.
         dt_softplus: applies softplus after the bias.
         dt_limit: (low, high) clamp of Δ.
-        impl: "auto" or "recurrent".
+        impl: "auto", "triton" (one kernel for NVIDIA GPUs, without gradients) or "recurrent".
 
     Returns:
         `SSDOutput(y, final_states)`: y like x, and the next state.
@@ -174,7 +174,9 @@ def ssd_step(
     validate.same_kind("ssd_step", "x", x, {"B": B, "C": C}, dtype=True)
     validate.state_dtype("ssd_step", "state", state, x)
     validate.parameters("ssd_step", x, A, D, z, dt_bias, dt_limit)
-    _dispatch.choose(STEP_OPERATOR, impl, x.device)
+    if _step_form(impl, state, x, dt, A, B, C, D, z, dt_bias) == "triton":
+        low, high = map(float, dt_limit)
+        return SSDOutput(*library.step_kernel(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high))
     dtype = blocks.compute_dtype(x)
     scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)
     with blocks.without_autocast(x.device):
@@ -183,8 +185,25 @@ def ssd_step(
 
 
 STEP_OPERATOR = _dispatch.register(
-    _dispatch.Operator(name="ssd_step", impls={"recurrent": _dispatch.anywhere}, preference=("recurrent",))
+    _dispatch.Operator(
+        name="ssd_step",
+        impls={"triton": _triton.obstacle, "recurrent": _dispatch.anywhere},
+        preference=("triton", "recurrent"),
+    )
 )
+
+
+def _step_form(impl: str, state: Tensor, x: Tensor, *others: Tensor | None) -> str:
+    """The step's implementation: the kernel has no gradient, so `auto` leaves it where one is asked for."""
+    form = impl if impl == "triton" and _triton.interpreted() else _dispatch.choose(STEP_OPERATOR, impl, x.device)
+    if form != "triton":
+        return form
+    reason = None if x.dtype in configs.DTYPES else f"the kernels do not compute {x.dtype}"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, x, *others)):
+        reason = "the kernel of one token has no gradient"
+    if reason is not None and impl == "triton":
+        raise ValueError(f"ssd_step: impl='triton' cannot run on these inputs: {reason}; use impl='auto'.")
+    return form if reason is None else "recurrent"
 
 
 def linear_attention(

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 
 MAX_D_STATE = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +49,7 @@ def power_of_two(n: int) -> int:
 
 def unsupported(dtype: torch.dtype, d_state: int) -> str | None:
     """Why the kernels cannot compute this shape family; None means that they can."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in DTYPES:
         return f"the kernels compute float32, bfloat16 and float16, not {dtype}"
     if d_state > MAX_D_STATE:
         return f"d_state={d_state} is above {MAX_D_STATE}, the most that fits the registers"

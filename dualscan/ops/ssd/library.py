@@ -40,6 +40,11 @@ _LIB.define(
     "Tensor dB, Tensor dC, Tensor dD, Tensor ddt_bias, Tensor dinitial_states)"
 )
 
+_LIB.define(
+    "ssd_step_kernel(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max) -> (Tensor y, Tensor final_states)"
+)
+
 
 def _kernel_forward(*args: Any) -> tuple[Tensor, Tensor]:
     from dualscan.ops.ssd import triton_scan
@@ -53,11 +58,18 @@ def _kernel_backward(*args: Any) -> tuple[Tensor, ...]:
     return triton_gradients.backward(*args)
 
 
+def _kernel_step(*args: Any) -> tuple[Tensor, Tensor]:
+    from dualscan.ops.ssd import triton_scan
+
+    return triton_scan.step(*args)
+
+
 for _key in ("CPU", "CUDA"):  # on a CPU the kernels run in Triton's interpreter
     _LIB.impl("ssd_fwd", chunked.forward, _key)
     _LIB.impl("ssd_bwd", chunked.backward, _key)
     _LIB.impl("ssd_kernel_fwd", _kernel_forward, _key)
     _LIB.impl("ssd_kernel_bwd", _kernel_backward, _key)
+    _LIB.impl("ssd_step_kernel", _kernel_step, _key)
 
 
 @torch.library.register_fake("dualscan::ssd_fwd", lib=_LIB)
@@ -111,6 +123,11 @@ def _fake_kernel_backward(*args: Any) -> tuple[Tensor, ...]:
 
 torch.library.register_fake("dualscan::ssd_kernel_fwd", _fake_kernel_forward, lib=_LIB)
 torch.library.register_fake("dualscan::ssd_kernel_bwd", _fake_kernel_backward, lib=_LIB)
+
+
+@torch.library.register_fake("dualscan::ssd_step_kernel", lib=_LIB)
+def _fake_step(state: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(state)
 
 
 def _differentiable(forward: Any, backward: Any, differentiable: int) -> Any:
@@ -217,3 +234,4 @@ def _kernel_backward_formula(dy: Any, df: Any, x: Any, dt: Any, decay: Any, B: A
 # Loaded for its effect: `torch.ops.dualscan.ssd_fwd` exists once this module is imported.
 core = torch.ops.dualscan.ssd_fwd.default
 kernel = torch.ops.dualscan.ssd_kernel_fwd.default
+step_kernel = torch.ops.dualscan.ssd_step_kernel.default

@@ -10,9 +10,13 @@ which are one formula with the roles of the scan's two directions: one kernel, l
     r_i  = Σ_j (W ∘ C Bᵀ)_ij s_j + f_i,     f_i = exp(cs_i) dy_i · S C_i          (what token i reads)
     ds_j = Σ_i (W ∘ C Bᵀ)_ij     + g_j,    g_j = exp(cs_Q - cs_j) x_j · G B_j    (the input scale's gradient)
 
-and the log-decay's gradient is the suffix sum inside the chunk of dcs = r - s ds, plus Σ_j s_j g_j + exp(cs_Q) <S, G>
-at the chunk's last token. Both sides take W from the same float32 products, so that what must cancel in the suffix sums
-cancels, and leave out its diagonal, where nothing decays; y · dy - x · dx of stored low-precision tensors would not.
+and the log-decay's gradient at token t of the chunk is
+
+    Σ_{i ≥ t} (r_i - s_i (ds_i - g_i)) + Σ_{j < t} s_j g_j + exp(cs_Q) <S, G>:
+
+what is read from before t, what is written before t and survives the chunk, and what passes through it. Both sides take
+W from the same float32 products, so that what must cancel in the suffix sum cancels, and leave out its diagonal, where
+nothing decays. The shorter y · dy - x · dx of stored low-precision tensors would lose it.
 """
 
 from typing import Any
@@ -23,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dualscan.ops import _triton
-from dualscan.ops.ssd import configs
+from dualscan.ops.ssd import configs, triton_hopper
 from dualscan.ops.ssd.triton_scan import LOWEST, Call, load_tile, step_size
 
 
@@ -102,13 +106,15 @@ def gradient_kernel(
         weight = share * s if REVERSE else share
         total = tl.dot((v * weight[:, None]).to(v.dtype), tl.trans(S), total, input_precision=PRECISION)
         slot = ((n_block * BLOCKS + block) * nheads + h).to(tl.int64) * padded + c * Q + q
-        tl.store(rows_out + slot, pairs + inner)
         if REVERSE:
+            tl.store(rows_out + slot, pairs)
             tl.store(inner_out + slot, inner)
             if VECTOR_D:
                 product = tl.sum(v.to(tl.float32) * o.to(tl.float32), 0)
                 place = (c.to(tl.int64) * nheads + h) * (BLOCKS * P) + column + p
                 tl.store(dD + place, product, mask=(p >= 0) & (n_block == 0))
+        else:
+            tl.store(rows_out + slot, pairs + inner)
     total = tl.dot(dweights.to(k.dtype), k, total, input_precision=PRECISION)
     place = part.to(tl.int64) * out_part + batch.to(tl.int64) * out_b + group * out_h + row.to(tl.int64) * out_l
     within = (row + q < end)[:, None] & (n_first + n < d_state)[None, :]
@@ -136,15 +142,18 @@ def decay_gradient_kernel(
     ds = tl.zeros([Q, HEADS], tl.float32)
     reads = tl.zeros([Q, HEADS], tl.float32)
     into = tl.zeros([Q, HEADS], tl.float32)
-    # Rows past the sequence's end are zeros, and the decay sums stay constant there.
-    every = known[None, :] & (q >= 0)[:, None]
+    # What the tokens before this one wrote into the state at the chunk's end.
+    earlier = tl.zeros([Q, HEADS], tl.float32)
+    before = inside & (q > 0)[:, None]
     for part in tl.static_range(BLOCKS * N_BLOCKS):
         place = (part * nheads + heads).to(tl.int64)[None, :] * padded + c * Q + q[:, None]
         reads += tl.load(rows_in + place, mask=inside, other=0.0)
         ds += tl.load(dscale + place, mask=inside, other=0.0)
         into += tl.load(inner + place, mask=inside, other=0.0)
+        earlier += tl.load(inner + place - 1, mask=before, other=0.0)
     place = heads.to(tl.int64)[None, :] * padded + c * Q + q[:, None]
-    s = tl.load(scale + place, mask=every, other=0.0)
+    s = tl.load(scale + place, mask=inside, other=0.0)
+    earlier *= tl.load(scale + place - 1, mask=before, other=0.0)
     last = tl.load(sums + heads.to(tl.int64) * padded + c * Q + Q - 1, mask=known, other=0.0)
     alive = known & (tl.load(chunks + c * 3 + 1) < tl.load(chunks + c * 3 + 2))
     tail = tl.zeros([HEADS], tl.float32)
@@ -152,7 +161,6 @@ def decay_gradient_kernel(
         entries = ((c * nheads + heads).to(tl.int64)[:, None] * BLOCKS + block) * N + tl.arange(0, N)[None, :]
         tail += tl.sum(tl.load(kept + entries, mask=alive[:, None], other=0.0), 1)
     tail *= tl.exp2(last.to(tl.float32))
-    tail += tl.sum(s * into, 0)
     product = tl.zeros([Q, HEADS], tl.float32)
     overlap = tl.zeros([Q, HEADS], tl.float32)
     for block in tl.static_range(BLOCKS):
@@ -161,7 +169,8 @@ def decay_gradient_kernel(
     for block in tl.static_range(N_BLOCKS):
         group = block * tl.cdiv(nheads, heads_per_group) + heads // heads_per_group
         overlap += tl.load(overlaps + group.to(tl.int64)[None, :] * padded + c * Q + q[:, None], mask=inside, other=0.0)
-    dcs = reads - s * ds + tl.where((q == Q - 1)[:, None], tail[None, :], 0.0)
+    dlog = tl.cumsum(reads - s * ds, 0, reverse=True) + tl.cumsum(earlier, 0) + tail[None, :]
+    ds += into
     ds += product * overlap
     if HAS_DT:
         raw = tl.load(dt + batch * dt_b + rows[:, None] * dt_l + heads[None, :] * dt_h, mask=inside, other=0.0)
@@ -169,7 +178,6 @@ def decay_gradient_kernel(
         if HAS_BIAS:
             shift = tl.load(bias + heads, mask=known, other=0.0).to(tl.float32)
         value, free = step_size(raw.to(tl.float32), shift[None, :], low, high, SOFTPLUS, CLAMP)
-    dlog = tl.cumsum(dcs, 0, reverse=True)
     if PER_TOKEN:
         per_token = batch * decay_b + rows[:, None] * decay_l + heads[None, :] * decay_h
         log_decay = tl.load(decay + per_token, mask=inside, other=0.0).to(tl.float32)
@@ -247,7 +255,12 @@ def _parameter_gradients(call: Call, dy: Tensor, S: Tensor, G: Tensor, D: Tensor
         dD = make((nchunks, nheads, blocks * p), device=x.device)
     reading = (dy, x, C, B, S, dC, reads, None, products, overlaps)
     writing = (x, dy, B, C, G, dB, dscale, inner, None, None)
-    for reverse, (value, other, query, key, state, out, *rest) in enumerate((reading, writing)):
+    if call.hopper and dD is None:
+        triton_hopper.launch_gradients(call, dy, S, G, dB, dC, (reads, dscale, inner, products, overlaps))
+        sides = ()
+    else:
+        sides = (reading, writing)
+    for reverse, (value, other, query, key, state, out, *rest) in enumerate(sides):
         gradient_kernel[(nchunks, ngroups * parts, n_total // n)](
             call.tiles(value, p), call.tiles(other, p), call.tiles(query, n), call.tiles(key, n),
             call.state_tiles(state, n), out, *rest, dD, call.scale, call.sums, plan.chunks,

@@ -22,11 +22,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dualscan.ops import _triton
-from dualscan.ops.ssd import configs
+from dualscan.ops.ssd import configs, triton_hopper
 
 # Programs of the sequential kernel that a multiprocessor should find, and the fewest tokens worth a segment.
 OCCUPANCY = 4
 SHORTEST_SEGMENT = 512
+# Rows of a state that a program of the decoding step holds.
+STEP_ROWS = 32
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1000.0)
@@ -243,6 +245,7 @@ class Call:
     scale: Tensor
     sums: Tensor
     tma: bool
+    hopper: bool
 
     @classmethod
     def prepare(
@@ -261,7 +264,8 @@ class Call:
         sums = torch.empty_like(scale, dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
         described = (x, B, C) if dy is None else (x, B, C, dy)
         tma = cu_seqlens is None and _triton.has_tma(x.device) and _triton.describable(*described)
-        call = cls(x, dt, decay, B, C, bias, softplus, (low, high), config, plan, scale, sums, tma)
+        hopper = tma and triton_hopper.fits(x, B, C, *described[3:])
+        call = cls(x, dt, decay, B, C, bias, softplus, (low, high), config, plan, scale, sums, tma, hopper)
         heads = min(16, configs.power_of_two(nheads))
         decay_kernel[(plan.chunks.shape[0], triton.cdiv(nheads, heads))](
             dt, decay, bias, scale, sums, plan.chunks, nheads, padded, low, high, *call.decay_strides,
@@ -322,6 +326,9 @@ class Call:
         config, query, key = self.config, *((self.B, self.C) if reverse else (self.C, self.B))
         n, p = configs.power_of_two(key.shape[3]), config.columns
         output = out is not None
+        if self.hopper and kept is None:
+            triton_hopper.launch(self, query, key, value, out, saved, D, initial, final, reverse)
+            return
         skip = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
         nheads, headdim = value.shape[2:]
         scan_kernel[(nheads * self.blocks, self.plan.segments.shape[0])](
@@ -401,3 +408,63 @@ def no_tokens(x: Tensor, B: Tensor, initial_states: Tensor | None, cu_seqlens: T
         return initial_states.clone()
     nseq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return x.new_zeros((nseq, *x.shape[2:], B.shape[3]), dtype=torch.float32)
+
+
+@triton.jit
+def step_kernel(
+    state, x, dt, A, B, C, D, z, bias, y, following, low, high, x_b, x_h, dt_b, dt_h, B_b, B_g, C_b, C_g, z_b, z_h,
+    D_h, D_p, nheads, heads_per_group, headdim, d_state,
+    P: tl.constexpr, N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
+):  # fmt: skip
+    """One token: P rows of one head's state (headdim, d_state). Grid `(nheads * cdiv(headdim, P), batch)`."""
+    blocks = tl.cdiv(headdim, P)
+    h, batch = tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64)
+    group = h // heads_per_group
+    p, n = (tl.program_id(0) % blocks) * P + tl.arange(0, P), tl.arange(0, N)
+    place = ((batch * nheads + h) * headdim + p[:, None]) * d_state + n[None, :]
+    inside = (p < headdim)[:, None] & (n < d_state)[None, :]
+    previous = tl.load(state + place, mask=inside, other=0.0).to(tl.float32)
+    shift = 0.0
+    if HAS_BIAS:
+        shift = tl.load(bias + h).to(tl.float32)
+    scale, _ = step_size(tl.load(dt + batch * dt_b + h * dt_h).to(tl.float32), shift, low, high, SOFTPLUS, CLAMP)
+    decay = tl.exp2(tl.maximum(scale * tl.load(A + h).to(tl.float32), LOWEST) * LOG2E)
+    value = tl.load(x + batch * x_b + h * x_h + p, mask=p < headdim, other=0.0).to(tl.float32)
+    key = tl.load(B + batch * B_b + group * B_g + n, mask=n < d_state, other=0.0).to(tl.float32)
+    query = tl.load(C + batch * C_b + group * C_g + n, mask=n < d_state, other=0.0).to(tl.float32)
+    current = previous * decay + (value * scale)[:, None] * key[None, :]
+    tl.store(following + place, current.to(following.dtype.element_ty), mask=inside)
+    out = tl.sum(current * query[None, :], 1)
+    if HAS_D:
+        out += tl.load(D + h * D_h + p * D_p, mask=p < headdim, other=0.0).to(tl.float32) * value
+    if HAS_Z:
+        gate = tl.load(z + batch * z_b + h * z_h + p, mask=p < headdim, other=0.0).to(tl.float32)
+        out *= gate * tl.sigmoid(gate)
+    tl.store(y + (batch * nheads + h) * headdim + p, out.to(y.dtype.element_ty), mask=p < headdim)
+
+
+def step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token of the recurrence: `y` (b, h, p) in x's dtype and the next state in the state's dtype."""
+    batch, nheads, headdim = x.shape
+    d_state = B.shape[2]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    following = torch.empty(state.shape, dtype=state.dtype, device=x.device)
+    if state.numel() == 0:
+        return y, following
+    x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B, C))
+    z = z if z is None or z.stride(-1) == 1 else z.contiguous()
+    skip = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
+    rows = min(configs.power_of_two(headdim), STEP_ROWS)
+    with _triton.on_device(x):
+        step_kernel[(nheads * triton.cdiv(headdim, rows), batch)](
+            state.contiguous(), x, dt, A, B, C, D, z, dt_bias, y, following, dt_min, dt_max, *x.stride()[:2],
+            *dt.stride(), *B.stride()[:2], *C.stride()[:2], *((0, 0) if z is None else z.stride()[:2]), *skip,
+            nheads, nheads // B.shape[1], headdim, d_state, P=rows, N=configs.power_of_two(d_state),
+            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus,
+            CLAMP=(dt_min, dt_max) != (0.0, math.inf), num_warps=4,
+        )  # fmt: skip
+    return y, following

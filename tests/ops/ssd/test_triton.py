@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dualscan.ops import _triton
-from dualscan.ops.ssd import configs, linear_attention, ssd
+from dualscan.ops.ssd import configs, linear_attention, ssd, ssd_step
 from tests.ops.ssd.test_parity import ATTENTION_CORNERS, SSD_CORNERS
+from tests.oracle import assert_close
 from tests.strategies import Problem, assert_matches, attention_problem, evaluate, ssd_problem
 
 CUDA = torch.cuda.is_available()
@@ -18,7 +19,7 @@ pytestmark = [] if CUDA else [pytest.mark.usefixtures("interpreter")]
 
 # Too many programs for the interpreter.
 LARGE = {"more rows than fit the cache", "more packs than fit the cache"}
-CORNERS = {name: SSD_CORNERS[name] for name in SSD_CORNERS.keys() - LARGE}
+CORNERS = {name: options for name, options in SSD_CORNERS.items() if name not in LARGE}
 # Tiles: widths that are no power of two, several blocks of headdim, the widest state.
 TILES: dict[str, dict[str, Any]] = {
     "odd tiles": {"headdim": 24, "d_state": 40, "D": "vector"},
@@ -29,7 +30,7 @@ TILES: dict[str, dict[str, Any]] = {
 }
 # The interpreter is slow: there float16 takes the corners that reach every branch.
 FEW = ["everything", "everything packed", "odd sizes"]
-RUNS = [(name, torch.float32) for name in sorted(CORNERS)]
+RUNS = [(name, torch.float32) for name in CORNERS]
 RUNS += [(name, dtype) for dtype in (torch.float16, torch.bfloat16)[: 1 + CUDA] for name in (CORNERS if CUDA else FEW)]
 
 
@@ -82,6 +83,24 @@ def test_views_of_one_projection() -> None:
     # A broadcast gradient, as y.sum() gives, and transposed inputs.
     x = t["x"].transpose(-1, -2).contiguous().transpose(-1, -2)
     compare(replace(problem.having(x=x), dy=torch.ones(1).expand(problem.dy.shape)), torch.float32)
+
+
+@pytest.mark.parametrize("options", [{}, {"D": "vector", "z": True, "dt_bias": True, "dt_limit": (0.1, 0.9)}])
+def test_one_token(options: dict[str, Any]) -> None:
+    problem = on_device(ssd_problem(seqlen=1, headdim=40, d_state=24, states=True, **options))
+    t = problem.double().tensors
+
+    def run(t: dict[str, Tensor], impl: str) -> Any:
+        per_token = {name: t[name][:, 0] for name in ("x", "dt", "B", "C", "z") if name in t}
+        shared = {name: t[name] for name in ("A", "D", "dt_bias") if name in t}
+        return ssd_step(t["initial_states"], **per_token, **shared, **problem.options, impl=impl)
+
+    expected = run(t, "recurrent")
+    for name, actual in run(problem.tensors, "triton")._asdict().items():
+        assert_close(name, actual, getattr(expected, name), dtype=torch.float32)
+    state = problem.tensors["initial_states"].requires_grad_()
+    with pytest.raises(ValueError, match=r"ssd_step: impl='triton' .* has no gradient; use impl='auto'"):
+        run({**problem.tensors, "initial_states": state}, "triton")
 
 
 def test_repeats_bitwise() -> None:

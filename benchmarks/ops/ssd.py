@@ -1,0 +1,235 @@
+"""Job `ssd`: the SSD operator on a GPU against `mamba_ssm` and causal attention of the same width.
+
+Per shape and pass: kernel time (CUDA graphs, in turns in one process), call time, the time that the bytes and the FLOPs
+alone would take at the ceilings measured in the same run, peak memory, and the error against float64 beside the
+rival's. mamba_ssm is compared where it is installed; its CUDA extensions are not needed. `dualscan bench ssd --save`.
+"""
+
+import argparse
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import common
+from dualscan.ops.ssd import library, ssd
+
+JOB = "ssd"
+# batch, seqlen, nheads, headdim, ngroups, d_state
+SHAPES = {
+    "2.7b 8x2048": (8, 2048, 80, 64, 1, 128),
+    "2.7b 1x16384": (1, 16384, 80, 64, 1, 128),
+    "2.7b 1x131072": (1, 131072, 80, 64, 1, 128),
+    "130m 16x1024": (16, 1024, 24, 64, 1, 128),
+    "130m 1x4096": (1, 4096, 24, 64, 1, 128),
+    "H128 G8 4x4096": (4, 4096, 128, 64, 8, 128),
+    "H64 N64 8x2048": (8, 2048, 64, 64, 1, 64),
+    "H64 N256 8x2048": (8, 2048, 64, 64, 1, 256),
+}
+DECODE_BATCHES = (1, 16, 128, 512)
+NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias")
+Inputs = dict[str, Tensor]
+
+
+def inputs(batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int, d_state: int) -> Inputs:
+    """A layer's inputs: bfloat16, with float32 A, D and dt_bias, as training has them."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    tensors = {
+        "x": normal(batch, seqlen, nheads, headdim).bfloat16(),
+        "dt": (normal(batch, seqlen, nheads) - 2).bfloat16(),
+        "A": -torch.rand(nheads, device="cuda", generator=generator) * 15 - 1,
+        "B": normal(batch, seqlen, ngroups, d_state).bfloat16(),
+        "C": normal(batch, seqlen, ngroups, d_state).bfloat16(),
+        "D": torch.ones(nheads, device="cuda"),
+        "dt_bias": torch.zeros(nheads, device="cuda"),
+    }
+    return {name: t.requires_grad_() for name, t in tensors.items()} | {
+        "dy": normal(batch, seqlen, nheads, headdim).bfloat16()
+    }
+
+
+def ours(t: Inputs, **options: Any) -> Tensor:
+    """This library's forward."""
+    return ssd(**{name: t[name] for name in NAMES}, dt_softplus=True, **options).y
+
+
+def rival() -> Callable[[Inputs], Tensor] | None:
+    """mamba_ssm's forward at its usual chunk size, or None. Its package's `__init__` would want the CUDA extensions."""
+    found = importlib.util.find_spec("mamba_ssm")
+    if found is None or found.origin is None:
+        return None
+    package = types.ModuleType("mamba_ssm")
+    package.__path__ = [str(Path(found.origin).parent)]
+    sys.modules["mamba_ssm"] = package
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    def run(t: Inputs) -> Tensor:
+        core = [t[name] for name in ("x", "dt", "A", "B", "C")]
+        return mamba_chunk_scan_combined(*core, 256, D=t["D"], dt_bias=t["dt_bias"], dt_softplus=True)
+
+    return run
+
+
+def gradients(run: Callable[[Inputs], Tensor], t: Inputs) -> dict[str, Tensor]:
+    """Forward and backward."""
+    y = run(t)
+    grads = torch.autograd.grad(y, [t[name] for name in NAMES], t["dy"].to(y.dtype))
+    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(NAMES, grads, strict=True)}
+
+
+def errors(runs: dict[str, Callable[[Inputs], Tensor]], shape: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    """Relative RMS errors against float64, on one sequence of at most 2048 tokens and 16 heads of the shape."""
+    _, seqlen, nheads, headdim, ngroups, d_state = shape
+    t = inputs(1, min(seqlen, 2048), min(nheads, 16), headdim, min(ngroups, 16), d_state)
+    exact = {name: v.detach().double().requires_grad_() for name, v in t.items()}
+    oracle = gradients(lambda t: ours(t, impl="chunked"), exact)
+    return {
+        name: {key: ((g.double() - oracle[key]).norm() / oracle[key].norm()).item() for key, g in got.items()}
+        for name, got in ((name, gradients(run, t)) for name, run in runs.items())
+    }
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes a second of a device copy (read plus written), and bfloat16 FLOPs a second of a large product."""
+    source = torch.randint(255, (2**30,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    times = common.interleaved_graphs({"copy": lambda: target.copy_(source), "product": lambda: a @ a}, repeats=7)
+    return 2 * source.numel() / times["copy"], 2 * 8192**3 / times["product"]
+
+
+def floors(shape: tuple[int, ...], pass_: str, ceiling: tuple[float, float]) -> dict[str, float]:
+    """Least bytes (every input read once, every output written once) and FLOPs of a pass, as milliseconds."""
+    batch, seqlen, nheads, headdim, ngroups, d_state = shape
+    rows = batch * seqlen
+    wide, narrow = 2 * rows * nheads * headdim, 2 * rows * (nheads + 2 * ngroups * d_state)
+    flops = library.forward_flops(*shape[:2], nheads, headdim, ngroups, d_state, 64)
+    moved = 2 * wide + narrow
+    if pass_ == "fwdbwd":
+        moved += 3 * wide + 2 * narrow
+        flops += library.backward_flops(*shape[:2], nheads, headdim, ngroups, d_state, 64)
+    return {"floor_ms": 1e3 * moved / ceiling[0], "flops_ms": 1e3 * flops / ceiling[1], "moved": moved, "flops": flops}
+
+
+def peak(run: Callable[[], object]) -> float:
+    """Peak MiB beyond what is there before the call."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def report(shape: str, pass_: str, name: str, seconds: float, versus: float | None, **values: Any) -> dict[str, Any]:
+    """One record, also printed."""
+    import triton
+
+    ratio = {} if versus is None else {"ratio": versus / seconds}
+    entry = common.record(
+        JOB, shape, pass_, name, kernel_ms=1e3 * seconds, **ratio, **values, triton=triton.__version__
+    )
+    columns = ("shape", "pass", "impl", "kernel_ms", "call_ms", "ratio", "floor_ms", "peak_mib")
+    print(" | ".join(f"{entry[c]:.4g}" if isinstance(entry.get(c), float) else str(entry.get(c, "")) for c in columns))
+    if "error" in values:
+        print("    errors", {key: f"{value:.1e}" for key, value in values["error"].items()}, flush=True)
+    return entry
+
+
+def sequences(shape: str, repeats: int, ceiling: tuple[float, float]) -> list[dict[str, Any]]:
+    """Forward, and forward + backward, of one shape."""
+    other = rival()
+    runs = {"dualscan": ours} | ({} if other is None else {"mamba_ssm": other})
+    sizes = SHAPES[shape]
+    t = inputs(*sizes)
+    without = {name: v.detach() for name, v in t.items()}
+    # The rival tunes itself on the first sizes that it sees: they must be these, not those of the error's check.
+    for run in runs.values():
+        gradients(run, t)
+    error = errors(runs, sizes)
+    records = []
+    for pass_ in ("fwd", "fwdbwd"):
+        calls: dict[str, Callable[[], object]] = {
+            name: partial(run, without) if pass_ == "fwd" else partial(gradients, run, t) for name, run in runs.items()
+        }
+        memory = {name: peak(call) for name, call in calls.items()}
+        kernel = common.interleaved_graphs(calls, repeats=repeats, calls=1 if sizes[1] > 2**16 else 2)
+        call = common.interleaved(calls, repeats=repeats)
+        floor = floors(sizes, pass_, ceiling)
+        moved, flops = floor.pop("moved"), floor.pop("flops")
+        for name, seconds in kernel.items():
+            values = {"gb_per_s": moved / seconds / 1e9, "tflop_per_s": flops / seconds / 1e12, **floor}
+            values |= {"call_ms": 1e3 * call[name], "peak_mib": memory[name], "error": error[name]}
+            records.append(report(shape, pass_, name, seconds, kernel.get("mamba_ssm"), **values))
+    return records
+
+
+def attention(repeats: int) -> list[dict[str, Any]]:
+    """Causal attention of the 2.7b layer's width, 20 heads of 128, through cuDNN and FlashAttention-2."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = torch.randn(3, 8, 20, 2048, 128, device="cuda", dtype=torch.bfloat16).unbind(0)
+
+    def run(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    backends = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
+    times = common.interleaved_graphs({name: partial(run, b) for name, b in backends.items()}, repeats=repeats)
+    return [report("2.7b 8x2048", "fwd", name, seconds, None) for name, seconds in times.items()]
+
+
+def decoding(repeats: int, ceiling: tuple[float, float]) -> list[dict[str, Any]]:
+    """One token of the 2.7b layer, with float32 states and, below the public boundary, bfloat16 ones."""
+    records = []
+    for batch in DECODE_BATCHES:
+        t = {name: v.detach() for name, v in inputs(batch, 1, 80, 64, 1, 128).items()}
+        token = {name: v[:, 0] if v.ndim > 1 else v for name, v in t.items()}
+        states = {"fp32": torch.randn(batch, 80, 64, 128, device="cuda")}
+        states["bf16"] = states["fp32"].bfloat16()
+
+        def run(state: Tensor, token: Inputs = token) -> object:
+            core = [token[name] for name in ("x", "dt", "A", "B", "C", "D")]
+            return library.step_kernel(state, *core, None, token["dt_bias"], True, 0.0, float("inf"))
+
+        calls = {name: partial(run, state) for name, state in states.items()}
+        kernel = common.interleaved_graphs(calls, repeats=repeats, calls=16)
+        call = common.interleaved(calls, repeats=repeats)
+        for name, seconds in kernel.items():
+            floor = 1e3 * 2 * states[name].nbytes / ceiling[0]
+            values = {"call_ms": 1e3 * call[name], "floor_ms": floor}
+            records.append(report(f"2.7b {batch}, {name} state", "step", "dualscan", seconds, None, **values))
+    return records
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job; with --save writes `results/ssd-<device>.json`."""
+    parser = argparse.ArgumentParser(prog="dualscan bench ssd", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=15, help="turns of each measurement")
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="which shapes")
+    parser.add_argument("--save", action="store_true", help="write the result file that README and docs are made from")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("the job ssd needs an NVIDIA GPU")
+        return 1
+    ceiling = ceilings()
+    print(f"copy {ceiling[0] / 1e12:.2f} TB/s, bfloat16 product {ceiling[1] / 1e12:.0f} TFLOP/s")
+    records = decoding(args.repeats, ceiling) + attention(args.repeats)
+    device = torch.cuda.get_device_name().lower().replace("nvidia ", "").split()[0]
+    for shape in args.shapes:
+        records += sequences(shape, args.repeats, ceiling)
+        torch.cuda.empty_cache()
+        if args.save:
+            common.write(JOB, device, records)
+    return 0

@@ -1,0 +1,88 @@
+"""What only a GPU shows: the Hopper kernels, graphs, compilation, streams, and tensors of more than 2^31 elements."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dualscan.ops.ssd import ssd
+from tests.ops.ssd.test_triton import on_device
+from tests.strategies import assert_matches, evaluate, ssd_problem
+
+pytestmark = pytest.mark.cuda
+# Whole chunks of 64 tokens and 64 columns: what the Hopper kernels take.
+EVEN: dict[str, Any] = {"headdim": 64, "d_state": 128, "ngroups": 1, "seqlen": 256}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"D": "scalar", "dt_bias": True, "states": True},
+        {"D": "vector", "states": True},
+        {"headdim": 128, "d_state": 64, "ngroups": 2, "dt_bias": True, "D": "scalar"},
+        {"batch": 1, "seqlen": 4096, "states": True},
+        {"decay": 1e4},
+        {"decay": 1e-6},
+    ],
+)
+def test_even_shapes(options: dict[str, Any], dtype: torch.dtype) -> None:
+    problem = on_device(ssd_problem(dtype=dtype, **{**EVEN, **options}))
+    oracle = evaluate(problem.double(), impl="chunked")
+    assert_matches(evaluate(problem, impl="triton"), oracle, dtype=dtype)
+
+
+def test_hopper_and_plain_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dualscan.ops.ssd import triton_hopper
+
+    problem = on_device(ssd_problem(dtype=torch.bfloat16, D="scalar", states=True, **EVEN))
+    fast, again = evaluate(problem, impl="triton"), evaluate(problem, impl="triton")
+    monkeypatch.setattr(triton_hopper, "fits", lambda *_: False)
+    plain = evaluate(problem, impl="triton")
+    for name in plain:
+        assert torch.equal(fast[name], again[name]), name
+    assert_matches(fast, {name: t.double() for name, t in plain.items()}, dtype=torch.bfloat16)
+
+
+def test_graph_capture_and_streams() -> None:
+    problem = on_device(ssd_problem(dtype=torch.bfloat16, D="scalar", dt_bias=True, **EVEN))
+    expected = evaluate(problem, impl="triton")
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        on_side = evaluate(problem, impl="triton")
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=side):
+        captured = evaluate(problem, impl="triton")
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    for name in expected:
+        assert torch.equal(on_side[name], expected[name]), name
+        assert torch.equal(captured[name], expected[name]), name
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(ssd, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for seqlen in (128, 192):
+        problem = on_device(ssd_problem(dtype=torch.bfloat16, D="scalar", dt_bias=True, **{**EVEN, "seqlen": seqlen}))
+        expected = evaluate(problem)
+        result = evaluate(replace(problem, face=compiled))
+        for name in expected:
+            assert torch.equal(result[name], expected[name]), name
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    nheads, headdim, seqlen, tail = 80, 64, 420_032, 2048
+    assert seqlen * nheads * headdim > 2**31
+    x = torch.randn(1, seqlen, nheads, headdim, device="cuda", dtype=torch.bfloat16)
+    B, C = torch.randn(2, 1, seqlen, 1, 64, device="cuda", dtype=torch.bfloat16).unbind(0)
+    dt, A = torch.ones(1, seqlen, nheads, device="cuda"), -torch.ones(nheads, device="cuda")
+    y = ssd(x, dt, A, B, C, impl="triton").y[:, -tail // 2 :]
+    # With these decays nothing older than the tail's first half is left.
+    last = ssd(x[:, -tail:], dt[:, -tail:], A, B[:, -tail:], C[:, -tail:], impl="triton").y[:, -tail // 2 :]
+    assert_matches({"y": y}, {"y": last.double()}, dtype=torch.bfloat16)
