@@ -13,7 +13,7 @@ class Block(nn.Module):
 
     Args:
         d_model: width of the residual stream.
-        mixer: `forward(u, state, cu_seqlens) -> (y, state)`.
+        mixer: `forward(u, state, cu_seqlens) -> (y, state)`; its last matrix is called `out_proj`.
         norm_eps: epsilon of the norm.
     """
 
@@ -30,4 +30,4 @@ class Block(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the mixer's matrices; the residual stream itself stays in float32."""
-        return next(p.dtype for p in self.mixer.parameters() if p.ndim == 2)
+        return self.mixer.get_parameter("out_proj.weight").dtype

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dualscan.nn import init
 from dualscan.nn.precision import Float32Parameters, project
+from dualscan.nn.step import mamba2_step
 from dualscan.ops.conv1d import causal_conv1d
 from dualscan.ops.conv1d.validate import MAX_WIDTH
 from dualscan.ops.norm import gated_rms_norm
@@ -136,6 +137,11 @@ class Mamba2(Float32Parameters):
         """
         if u.ndim != 3 or u.shape[-1] != self.d_model:
             raise ValueError(f"Mamba2: u has shape {tuple(u.shape)}; expected (batch, seqlen, d_model={self.d_model}).")
+        if u.shape[1] == 1 and state is not None and cu_seqlens is None and not _needs_operators(u):
+            if state.ssm.shape[0] != u.shape[0]:
+                raise ValueError(f"Mamba2: u has batch {u.shape[0]}, the state {state.ssm.shape[0]}; they must agree.")
+            y, *after = mamba2_step(self, u, *state)
+            return y, Mamba2State(*after)
         zxbcdt = project(u, self.in_proj.weight, self.in_proj.bias)
         z, xBC, dt = zxbcdt.split([self.d_inner, self.conv1d.in_channels, self.nheads], dim=-1)
         xBC, conv_state = causal_conv1d(
@@ -183,6 +189,11 @@ class Mamba2(Float32Parameters):
             **shared,
         )
         return y.flatten(-2), ssm_state
+
+
+def _needs_operators(u: Tensor) -> bool:
+    """Whether a step must go through the operators: for gradients, or to keep float32 under autocast."""
+    return torch.is_grad_enabled() or torch.is_autocast_enabled(u.device.type)
 
 
 def check_sizes(*, d_model: int, expand: int, headdim: int, ngroups: int, d_state: int, d_conv: int) -> None:

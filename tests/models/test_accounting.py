@@ -92,11 +92,11 @@ def test_training_flops(pattern: str) -> None:
 def test_step_flops(pattern: str) -> None:
     # Two rows: a single one is multiplied as a vector, which the counter leaves out.
     model, batch, context = model_of(pattern), 2, 7
-    with torch.no_grad():
-        _, state = model(torch.randint(50, (batch, context)))
-        token = torch.randint(50, (batch, 1))
-        counted = accounting.step_flops(model.config, context=context, batch=batch)
-        assert flops(lambda: model(token, state=state)) == counted
+    # With gradients: the step without them has no operator for the convolution, so that it is not counted.
+    _, state = model(torch.randint(50, (batch, context)))
+    token = torch.randint(50, (batch, 1))
+    counted = accounting.step_flops(model.config, context=context, batch=batch)
+    assert flops(lambda: model(token, state=state)) == counted
 
 
 def tensors(state: Any) -> Iterator[Tensor]:

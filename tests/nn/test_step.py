@@ -1,0 +1,63 @@
+"""The lean one-token step equals the step through the operators, which the other tests compare with everything else."""
+
+import math
+
+import pytest
+import torch
+
+from dualscan.nn.mamba2 import Mamba2, Mamba2State
+from tests.oracle import assert_close
+
+VARIANTS = {
+    "plain": {},
+    "groups": {"ngroups": 2},
+    "bias": {"bias": True, "conv_bias": False},
+    "norm first": {"norm_before_gate": True},
+    "norm groups": {"norm_groups": 4},
+    "limit": {"dt_limit": (0.01, 0.05)},
+    "wide conv": {"d_conv": 7},
+    "no conv": {"d_conv": 1},
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_lean_step_equals_operators(variant: str, dtype: torch.dtype, batch: int) -> None:
+    exact = Mamba2(32, d_state=12, headdim=8, **VARIANTS[variant]).double()
+    torch.nn.init.normal_(exact.D)
+    layer = Mamba2(32, d_state=12, headdim=8, **VARIANTS[variant])
+    layer.load_state_dict(exact.state_dict())
+    layer = layer.to(dtype)
+    exact.load_state_dict(layer.state_dict())
+    u = torch.randn(batch, 6, 32, dtype=dtype)
+    with torch.no_grad():
+        _, state = layer(u[:, :5])
+        before = [t.clone() for t in state]
+        y, after = layer(u[:, 5:], state)
+    assert all(torch.equal(t, b) for t, b in zip(state, before, strict=True)), "the state was modified"
+    same, same_after = layer(u[:, 5:], state)
+    expected, expected_after = exact(u[:, 5:].double(), Mamba2State(*(t.double() for t in state)))
+    assert_close("y", y, expected, dtype=dtype, yardstick=same)
+    for name in Mamba2State._fields:
+        ours, operators = getattr(after, name), getattr(same_after, name)
+        assert ours.dtype == operators.dtype
+        assert_close(name, ours, getattr(expected_after, name), dtype=dtype, yardstick=operators)
+
+
+def test_step_of_another_batch_is_refused() -> None:
+    layer = Mamba2(32, d_state=8, headdim=8)
+    with torch.no_grad():
+        _, state = layer(torch.randn(2, 3, 32))
+        with pytest.raises(ValueError, match=r"u has batch 3, the state 2"):
+            layer(torch.randn(3, 1, 32), state)
+
+
+def test_step_under_autocast_keeps_the_state_in_float32() -> None:
+    layer = Mamba2(32, d_state=8, headdim=8)
+    with torch.no_grad():
+        _, state = layer(torch.randn(1, 3, 32))
+        with torch.autocast("cpu", torch.bfloat16):
+            _, after = layer(torch.randn(1, 1, 32), state)
+    assert after.ssm.dtype == torch.float32
+    assert math.isfinite(after.ssm.sum().item())
