@@ -67,7 +67,8 @@ def pieces(x: Tensor, cu_seqlens: Tensor | None) -> Iterator[Piece]:
     nrows, together = x.shape[0] if spans is None else len(spans), x.shape[0] if spans is None else len(spans)
     if x.device.type == "cpu":
         tokens = min(DEFAULT_CHUNK_SIZE, length or 1)
-        together = max(1, CHUNK_ELEMENTS // (tokens * x.shape[2] * x.shape[3]))
+        most = max(1, CHUNK_ELEMENTS // (tokens * x.shape[2] * x.shape[3]))
+        together = -(-nrows // -(-nrows // most))  # as equal as they come
     for row in range(0, nrows, together):
         yield Piece(slice(row, min(row + together, nrows)), nseq=None if spans is None else nrows)
 

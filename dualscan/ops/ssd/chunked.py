@@ -143,6 +143,7 @@ def _backward_piece(
     states = _chunk_states(x, B, decays, layout, chunk, layout.state_in(initial, dtype, x.device))
     # G is the gradient of the state at the end of the chunk that is worked on.
     G = layout.state_in(dfinal, dtype, x.device)
+    scratch = torch.empty_like(G)
     splits = list(zip(*(t.split(chunk, dim=1) for t in (x, B, C, dy, grads.x, grads.B, grads.C)), strict=True))
     # (m, c, q, k): gradients of cs and of the scale, brought to (b, l, h) at the end in one go.
     ddA = torch.zeros(layout.m, len(splits), chunk, layout.k, dtype=torch.float64, device=x.device)
@@ -164,17 +165,18 @@ def _backward_piece(
         # Into the state at the end: S' = exp(cs_Q) S + Bᵀ (exp(cs_Q − cs_j) xs).
         to_end, total = decays.to_end[:, c, :q], decays.total[:, c]
         dxs = torch.bmm(B_c, G).view(x_c.shape).mul_(to_end)
-        through_state = (xs * dxs).sum(-1, dtype=torch.float64)
-        kept = (S * G).view(layout.m, layout.n, layout.k, layout.p).sum((1, 3), dtype=torch.float64)
+        through_state = (xs * dxs).sum(-1).double()
+        kept = torch.mul(S, G, out=scratch).view(layout.m, layout.n, layout.k, layout.p).sum(1).sum(-1)
         dcs = dcs - through_state
         dcs[:, -1] += through_state.sum(1) + total[:, 0, :, 0] * kept
         dxs.add_(inside)
         dB_g = torch.bmm((xs * to_end).flatten(2), G.mT).baddbmm_(dCB.mT, C_c)
         # Out of the state at the start: y_i += exp(cs_i) C_i S.
         dy_start = dy_c * decays.from_start[:, c, :q]
-        dcs += torch.bmm(C_c, S).view(x_c.shape).mul_(dy_start).sum(-1, dtype=torch.float64)
+        dcs += torch.bmm(C_c, S).view(x_c.shape).mul_(dy_start).sum(-1)
         dC_g = torch.bmm(dy_start.flatten(2), S.mT).baddbmm_(dCB, B_c)
-        G = layout.decay_state(G, total).baddbmm_(C_c.mT, dy_start.flatten(2))
+        G.view(layout.m, layout.n, layout.k, layout.p).mul_(total)
+        G.baddbmm_(C_c.mT, dy_start.flatten(2))
         # cs_t is a prefix sum, so the log-decay's gradient is the suffix sum of cs's.
         ddA[:, c, :q] = dcs.flip(1).cumsum(1).flip(1)
         if scale is not None:
