@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 
 MAX_D_STATE = 256
+# Compute capabilities with 99 KiB of shared memory a program; the data-centre ones have 163 KiB and more.
+SMALL_SHARED_MEMORY = frozenset({(8, 6), (8, 9), (12, 0), (12, 1)})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,18 +60,25 @@ def unsupported(dtype: torch.dtype, d_state: int) -> str | None:
 
 @lru_cache(maxsize=256)
 def choose(headdim: int, d_state: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
-    """The configuration of a shape family."""
+    """The configuration of a shape family.
+
+    Rows for Hopper were checked on an H200 (all three dtypes, d_state 1 to 256, headdim 1 to 128). The others
+    follow from shared memory: an Ada, consumer Ampere or consumer Blackwell program has 99 KiB, too little to load the
+    next chunk's tiles beside this one's. Ampere's 163 KiB and Blackwell's 227 KiB hold what Hopper's do.
+    """
     n, p = power_of_two(d_state), power_of_two(headdim)
-    wide = dtype == torch.float32
-    columns = min(p, 32 if n > 128 or wide else 64)
+    wide, small = dtype == torch.float32, capability in SMALL_SHARED_MEMORY
+    stages = 1 if wide or small else 2
+    chunk = 32 if wide else 64
     return Config(
-        chunk=32 if wide else 64,
-        columns=columns,
+        chunk=chunk // 2 if small and n > 128 else chunk,
+        columns=min(p, 32 if n > 128 or wide else 64),
         warps=4,
-        stages=1 if wide else 2,
+        stages=stages,
         states_warps=4,
-        states_stages=1 if wide else 2,
+        states_stages=stages,
         gradient_rows=min(n, 64 if wide else 128),
         gradient_warps=4,
-        gradient_stages=1 if wide else 2,
+        gradient_stages=stages,
+        validated="2026-11-22" if capability[0] == 9 else None,
     )

@@ -263,7 +263,8 @@ class Call:
         scale = torch.empty(nheads, padded, dtype=torch.float32, device=x.device)
         sums = torch.empty_like(scale, dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
         described = (x, B, C) if dy is None else (x, B, C, dy)
-        tma = cu_seqlens is None and _triton.has_tma(x.device) and _triton.describable(*described)
+        # Descriptors that are not pipelined (one stage) gave an illegal memory access once: such tiles take pointers.
+        tma = cu_seqlens is None and config.stages > 1 and _triton.has_tma(x.device) and _triton.describable(*described)
         hopper = tma and triton_hopper.fits(x, B, C, *described[3:])
         call = cls(x, dt, decay, B, C, bias, softplus, (low, high), config, plan, scale, sums, tma, hopper)
         heads = min(16, configs.power_of_two(nheads))
