@@ -10,7 +10,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skips without Triton. With numpy >= 2.4 an array of one element is no number: the interpreter's loops need it."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    from triton.runtime import interpreter
+    from triton.runtime import interpreter  # pyrefly: ignore[missing-import]
 
     patch_tensor = interpreter._patch_lang_tensor
 
