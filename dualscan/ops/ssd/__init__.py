@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualscan.ops import _dispatch, _triton
+from dualscan.ops._pointwise import accumulation_dtype
 from dualscan.ops.ssd import blocks, configs, library, reference, validate
 
 __all__ = ["SSDOutput", "linear_attention", "ssd", "ssd_step"]
@@ -111,7 +112,7 @@ def ssd(
         low, high = map(float, dt_limit)
         y, final_states = library.kernel(x, dt, A, B, C, D, dt_bias, initial_states, cu_seqlens, dt_softplus, low, high)
     else:
-        scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, blocks.compute_dtype(x))
+        scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, accumulation_dtype(x.dtype))
         y, final_states = _core(x, scale, scale * A, B, C, D, initial_states, cu_seqlens, chunk_size, form)
     return SSDOutput(_gate(y, z), final_states)
 
@@ -177,7 +178,7 @@ def ssd_step(
     if _step_form(impl, state, x, dt, A, B, C, D, z, dt_bias) == "triton":
         low, high = map(float, dt_limit)
         return SSDOutput(*library.step_kernel(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high))
-    dtype = blocks.compute_dtype(x)
+    dtype = accumulation_dtype(x.dtype)
     scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)
     with blocks.without_autocast(x.device):
         y, next_state = reference.step(state.to(dtype), x, scale, (scale * A).to(dtype), B, C, D)
@@ -261,7 +262,7 @@ def linear_attention(
     validate.dimensions(op, "v", v, {"batch": None, "seqlen": None, "nheads": None, "headdim": None})
     values = F.pad(v, (0, 1), value=1.0) if normalize else v
     validate.sequence(op, values, {"log_decay": log_decay}, k, q, initial_states, cu_seqlens, chunk_size, names)
-    dtype = blocks.compute_dtype(v)
+    dtype = accumulation_dtype(v.dtype)
     if log_decay is None:
         log_decay = torch.zeros(v.shape[:-1], dtype=dtype, device=v.device)
     if normalize:

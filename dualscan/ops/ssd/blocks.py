@@ -24,11 +24,6 @@ SMALLEST_EXPONENT = {torch.float32: -69.0, torch.float64: -665.0}
 CHUNK_ELEMENTS = 2**17
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """float32 accumulates everything; float64 inputs stay float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Products of decays and states stay in the compute dtype inside a region of `torch.autocast`, forward and back."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):

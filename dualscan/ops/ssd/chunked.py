@@ -18,7 +18,8 @@ product and two state inner products, never from y·dy − x·dx, which cancels.
 import torch
 from torch import Tensor
 
-from dualscan.ops.ssd.blocks import LOWEST_LOG_DECAY, Decays, Layout, compute_dtype, pieces
+from dualscan.ops._pointwise import accumulation_dtype
+from dualscan.ops.ssd.blocks import LOWEST_LOG_DECAY, Decays, Layout, pieces
 from dualscan.ops.ssd.reference import Core
 
 
@@ -38,9 +39,9 @@ def forward(
     # A sequence without tokens keeps its initial state.
     if initial_states is None:
         nseq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        finals = torch.zeros(nseq, *x.shape[2:], B.shape[3], dtype=compute_dtype(x), device=x.device)
+        finals = torch.zeros(nseq, *x.shape[2:], B.shape[3], dtype=accumulation_dtype(x.dtype), device=x.device)
     else:
-        finals = initial_states.to(compute_dtype(x), copy=True, memory_format=torch.contiguous_format)
+        finals = initial_states.to(accumulation_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format)
     inputs = Core(x, scale, log_decay, B, C)
     for piece in pieces(x, cu_seqlens):
         final = _forward_piece(inputs.map(piece.tokens), D, piece.states(initial_states), piece.tokens(y), chunk_size)
@@ -51,7 +52,7 @@ def forward(
 def _forward_piece(inputs: Core, D: Tensor | None, initial: Tensor | None, y: Tensor, chunk_size: int) -> Tensor:
     """Fills `y` and returns the final state (b, h, p, n)."""
     x, scale, log_decay, B, C = inputs
-    layout, dtype, chunk = Layout.of(x, B), compute_dtype(x), min(chunk_size, x.shape[1])
+    layout, dtype, chunk = Layout.of(x, B), accumulation_dtype(x.dtype), min(chunk_size, x.shape[1])
     decays = Decays.build(scale, log_decay, layout, chunk, dtype)
     skip = None if D is None else layout.skip(D.to(dtype))
     # While the state is zero, nothing is read from it.
@@ -97,7 +98,7 @@ def backward(
         dy = torch.zeros(1, dtype=x.dtype, device=x.device).expand(x.shape)
     inputs = Core(x, scale, log_decay, B, C)
     grads = inputs.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device))
-    dD = torch.zeros(x.shape[2:], dtype=compute_dtype(x), device=x.device)
+    dD = torch.zeros(x.shape[2:], dtype=accumulation_dtype(x.dtype), device=x.device)
     dinitial = x.new_empty(0)
     if initial_states is not None:
         # A sequence without tokens passes its final state's gradient on.
@@ -137,7 +138,7 @@ def _backward_piece(
 ) -> Tensor:
     """Fills `grads`, adds to `dD`, and returns the gradient (b, h, p, n) of the initial state."""
     x, scale, log_decay, B, C = inputs
-    layout, dtype, chunk = Layout.of(x, B), compute_dtype(x), min(chunk_size, x.shape[1])
+    layout, dtype, chunk = Layout.of(x, B), accumulation_dtype(x.dtype), min(chunk_size, x.shape[1])
     decays = Decays.build(scale, log_decay, layout, chunk, dtype)
     skip = None if D is None else layout.skip(D.to(dtype))
     states = _chunk_states(x, B, decays, layout, chunk, layout.state_in(initial, dtype, x.device))

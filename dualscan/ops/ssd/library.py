@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dualscan.ops._pointwise import accumulation_dtype
 from dualscan.ops.ssd import blocks, chunked
 
 _LIB = torch.library.Library("dualscan", "FRAGMENT")
@@ -85,7 +86,7 @@ def _fake_forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     nseq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    states = x.new_empty((nseq, x.shape[2], x.shape[3], B.shape[3]), dtype=blocks.compute_dtype(x))
+    states = x.new_empty((nseq, x.shape[2], x.shape[3], B.shape[3]), dtype=accumulation_dtype(x.dtype))
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), states
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dualscan.ops._pointwise import accumulation_dtype
 from dualscan.ops.varlen import sequence_spans
 
 
@@ -115,7 +116,7 @@ def run(
         `y` (b, l, h, p) in x's dtype and final states (b or nseq, h, p, n).
     """
     x, B = inputs.x, inputs.B
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x.dtype)
     nseq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_states is None:
         initial_states = torch.zeros(nseq, x.shape[2], x.shape[3], B.shape[3], dtype=dtype, device=x.device)
