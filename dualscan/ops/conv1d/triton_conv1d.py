@@ -1,0 +1,393 @@
+# ruff: noqa: RUF005 (Triton's tuples can be added, not unpacked)
+"""The convolution on a GPU: every program walks a segment of time with the last inputs in registers.
+
+A program holds BLOCK channels. It reads each input row once, keeps the `width - 1` rows before it, and so needs neither
+shifted loads nor shared memory; several rows are loaded before the first is used. The backward walks forward in time
+too: with g the gradient of the pre-activation, which it computes again,
+
+    dx[t - halo] = sum_j weight[j] g[t - j],     halo = width - 1,
+
+needs the last rows of g only, and what falls before a sequence's start is the gradient of its initial state. The
+gradients of weight and bias add up in registers over the segment, and over the segments in a second kernel, in a fixed
+order.
+
+A packed row is cut into the same segments; a program goes over the sequences in its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dualscan.ops import _triton
+from dualscan.ops._launch import Launcher, row_alignment
+from dualscan.ops.triton_sums import sum_partials
+
+# Channels of a program, warps and rows loaded at once: (forward, backward).
+TILES = ((256, 1, 8), (128, 1, 4))
+# Programs that a multiprocessor should find, and the fewest tokens worth a segment: each reads `halo` rows twice.
+OCCUPANCY = 32
+SHORTEST_SEGMENT = 32
+STEP_BLOCK = 256
+_SIZES = ["x_b", "x_l", "x_c", "w_c", "w_j", "s_n", "s_c", "s_k", "seqlen", "channels", "nseq", "segment", "segments"]
+
+
+@triton.jit
+def starts_before(cu_seqlens, nseq, token):
+    """How many of the nseq sequences start before `token`."""
+    low, high = 0, nseq
+    while low < high:
+        middle = (low + high) // 2
+        before = tl.load(cu_seqlens + middle) < token
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
+def sequences_of(cu_seqlens, nseq, low, high, seqlen):
+    """The sequences `[first, last)` that a segment `[low, high)` works on; empty ones belong to where they stand."""
+    first = starts_before(cu_seqlens, nseq, low)
+    first -= (first > 0) & (tl.load(cu_seqlens + first) > low)
+    last = starts_before(cu_seqlens, nseq, high)
+    return first, tl.where(high == seqlen, nseq, last)
+
+
+@triton.jit
+def past(x, initial, token, begin, x_l, s_k, inside, HALO: tl.constexpr, HAS_INITIAL: tl.constexpr):
+    """The input of `token`, float32, from the initial state where that is before the sequence's begin."""
+    row = tl.load(x + token * x_l, mask=inside & (token >= begin), other=0.0).to(tl.float32)
+    if HAS_INITIAL:
+        state = tl.load(initial + (HALO + token - begin) * s_k, mask=inside & (token < begin), other=0.0)
+        row = tl.where(token < begin, state.to(tl.float32), row)
+    return row
+
+
+@triton.jit
+def filter_of(weight, bias, c, w_c, w_j, inside, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The taps, oldest first, and the bias of a program's channels."""
+    taps = ()
+    for j in tl.static_range(WIDTH):
+        taps = taps + (tl.load(weight + c * w_c + j * w_j, mask=inside, other=0.0).to(tl.float32),)
+    shift = tl.zeros(c.shape, tl.float32)
+    if HAS_BIAS:
+        shift = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    return taps, shift
+
+
+@triton.jit
+def preactivate(taps, shift, window, row, WIDTH: tl.constexpr):
+    """`bias + sum_j weight[j] x[t - halo + j]`, and the window one token on."""
+    pre = shift
+    for j in tl.static_range(WIDTH - 1):
+        pre += taps[j] * window[j]
+    pre += taps[WIDTH - 1] * row
+    if WIDTH > 1:
+        window = window[1:] + (row,)
+    return pre, window
+
+
+@triton.jit
+def convolve(
+    x, y, initial, final, taps, shift, inside, low, high, begin, end, x_l, y_l, s_k, f_k,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr, HAS_INITIAL: tl.constexpr,
+):  # fmt: skip
+    """Tokens `[low, high)` of the sequence `[begin, end)`; its final state too, if they are its last."""
+    HALO: tl.constexpr = WIDTH - 1
+    window = ()
+    for k in tl.static_range(HALO):
+        window = window + (past(x, initial, low - HALO + k, begin, x_l, s_k, inside, HALO, HAS_INITIAL),)
+    for first in range(low, high, ROWS):
+        rows = ()
+        for u in tl.static_range(ROWS):
+            token = first + u
+            rows = rows + (tl.load(x + token * x_l, mask=inside & (token < high), other=0.0),)
+        for u in tl.static_range(ROWS):
+            token = first + u
+            out, window = preactivate(taps, shift, window, rows[u].to(tl.float32), WIDTH)
+            if SILU:
+                out *= tl.sigmoid(out)
+            tl.store(y + token * y_l, out.to(y.dtype.element_ty), mask=inside & (token < high))
+    if high == end:
+        for k in tl.static_range(HALO):
+            row = past(x, initial, end - HALO + k, begin, x_l, s_k, inside, HALO, HAS_INITIAL)
+            tl.store(final + k * f_k, row.to(final.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def forward_kernel(
+    x, weight, bias, initial, cu_seqlens, y, final,
+    x_b: tl.int64, x_l: tl.int64, x_c: tl.int64, w_c: tl.int64, w_j: tl.int64,
+    s_n: tl.int64, s_c: tl.int64, s_k: tl.int64,
+    seqlen: tl.int32, channels: tl.int32, nseq: tl.int32, segment: tl.int32, segments: tl.int32,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, ADJACENT: tl.constexpr,
+    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Grid `blocks of channels x segments x batch`, in this order. Channels and strides of x count in ALIGN."""
+    channels, x_b, x_l = channels * ALIGN, x_b * ALIGN, x_l * ALIGN
+    wide = channels.to(tl.int64)  # as a stride
+    blocks = tl.cdiv(channels, BLOCK)
+    piece = tl.program_id(0) // blocks
+    c = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < channels
+    batch, low = (piece // segments).to(tl.int64), (piece % segments) * segment
+    high = tl.minimum(low + segment, seqlen)
+    x += batch * x_b + (c if ADJACENT else c * x_c)
+    y += batch * seqlen * wide + c
+    taps, shift = filter_of(weight, bias, c, w_c, w_j, inside, WIDTH, HAS_BIAS)
+    HALO: tl.constexpr = WIDTH - 1
+    if PACKED:
+        first, last = sequences_of(cu_seqlens, nseq, low, high, seqlen)
+        for sequence in range(first, last):
+            begin, end = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
+            convolve(
+                x, y, initial + sequence * s_n + c * s_c if HAS_INITIAL else initial,
+                final + sequence * wide * HALO + c, taps, shift, inside,
+                tl.maximum(low, begin), tl.minimum(high, end), begin, end, x_l, wide, s_k, wide,
+                WIDTH, ROWS, SILU, HAS_INITIAL,
+            )  # fmt: skip
+    else:
+        convolve(
+            x, y, initial + batch * s_n + c * s_c if HAS_INITIAL else initial,
+            final + batch * wide * HALO + c, taps, shift, inside, low, high, 0, seqlen, x_l, wide, s_k, wide,
+            WIDTH, ROWS, SILU, HAS_INITIAL,
+        )  # fmt: skip
+
+
+@triton.jit
+def differentiate(
+    dy, x, dx, initial, dinitial, dfinal, taps, shift, dtaps, dshift, inside, low, high, begin, end,
+    dy_l, x_l, dx_l, s_k, di_k, df_k,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
+):  # fmt: skip
+    """The counterpart of `convolve`: dx of tokens `[low, high)`, their shares of dtaps and dshift, and dinitial."""
+    HALO: tl.constexpr = WIDTH - 1
+    window, grads = (), ()
+    for k in tl.static_range(HALO):
+        window = window + (past(x, initial, low - HALO + k, begin, x_l, s_k, inside, HALO, HAS_INITIAL),)
+        grads = grads + (tl.zeros(shift.shape, tl.float32),)
+    # dx of the last tokens needs g of the next HALO, which may belong to the next segment.
+    limit = tl.minimum(high + HALO, end)
+    for first in range(low, high + HALO, ROWS):
+        rows, outer = (), ()
+        for u in tl.static_range(ROWS):
+            token = first + u
+            rows = rows + (tl.load(x + token * x_l, mask=inside & (token < limit), other=0.0),)
+            outer = outer + (tl.load(dy + token * dy_l, mask=inside & (token < limit), other=0.0),)
+        for u in tl.static_range(ROWS):
+            token = first + u
+            row, g = rows[u].to(tl.float32), outer[u].to(tl.float32)
+            before = window
+            pre, window = preactivate(taps, shift, window, row, WIDTH)
+            if SILU:
+                gate = tl.sigmoid(pre)
+                g *= gate + pre * gate * (1.0 - gate)
+            g = tl.where(token < limit, g, 0.0)
+            own = tl.where(token < high, g, 0.0)
+            dshift += own
+            sums = ()
+            for j in tl.static_range(HALO):
+                sums = sums + (dtaps[j] + own * before[j],)
+            dtaps = sums + (dtaps[HALO] + own * row,)
+            result = taps[0] * g
+            for j in tl.static_range(HALO):
+                result += taps[HALO - j] * grads[j]
+            if WIDTH > 1:
+                grads = grads[1:] + (g,)
+            place = token - HALO
+            if HAS_DFINAL:
+                k = place - (end - HALO)
+                result += tl.load(dfinal + k * df_k, mask=inside & (k >= 0) & (k < HALO), other=0.0).to(tl.float32)
+            out = result.to(dx.dtype.element_ty)
+            tl.store(dx + place * dx_l, out, mask=inside & (place >= low) & (place < high))
+            if HAS_INITIAL:
+                tl.store(dinitial + (place - begin + HALO) * di_k, out, mask=inside & (place < begin) & (low == begin))
+    return dtaps, dshift
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "dy_b", "dy_l", "dy_c", "df_n", "df_c", "df_k"])
+def backward_kernel(
+    dy, x, weight, bias, initial, cu_seqlens, dfinal, dx, dinitial, partial,
+    x_b: tl.int64, x_l: tl.int64, x_c: tl.int64, w_c: tl.int64, w_j: tl.int64,
+    s_n: tl.int64, s_c: tl.int64, s_k: tl.int64,
+    dy_b: tl.int64, dy_l: tl.int64, dy_c: tl.int64, df_n: tl.int64, df_c: tl.int64, df_k: tl.int64,
+    seqlen: tl.int32, channels: tl.int32, nseq: tl.int32, segment: tl.int32, segments: tl.int32,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, ADJACENT: tl.constexpr,
+    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """As `forward_kernel`. `partial` is (segments * batch, WIDTH + HAS_BIAS, channels) float32."""
+    channels, x_b, x_l, dy_b, dy_l = channels * ALIGN, x_b * ALIGN, x_l * ALIGN, dy_b * ALIGN, dy_l * ALIGN
+    wide = channels.to(tl.int64)  # as a stride
+    blocks = tl.cdiv(channels, BLOCK)
+    piece = tl.program_id(0) // blocks
+    c = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < channels
+    batch, low = (piece // segments).to(tl.int64), (piece % segments) * segment
+    high = tl.minimum(low + segment, seqlen)
+    x += batch * x_b + (c if ADJACENT else c * x_c)
+    dy += batch * dy_b + (c if ADJACENT else c * dy_c)
+    dx += batch * seqlen * wide + c
+    taps, dshift = filter_of(weight, bias, c, w_c, w_j, inside, WIDTH, HAS_BIAS)
+    shift = dshift
+    dshift = tl.zeros([BLOCK], tl.float32)
+    dtaps = ()
+    for _ in tl.static_range(WIDTH):
+        dtaps = dtaps + (tl.zeros([BLOCK], tl.float32),)
+    HALO: tl.constexpr = WIDTH - 1
+    if PACKED:
+        first, last = sequences_of(cu_seqlens, nseq, low, high, seqlen)
+        for sequence in range(first, last):
+            begin, end = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
+            dtaps, dshift = differentiate(
+                dy, x, dx, initial + sequence * s_n + c * s_c if HAS_INITIAL else initial,
+                dinitial + sequence * wide * HALO + c if HAS_INITIAL else dinitial,
+                dfinal + sequence * df_n + c * df_c if HAS_DFINAL else dfinal, taps, shift, dtaps, dshift, inside,
+                tl.maximum(low, begin), tl.minimum(high, end), begin, end, dy_l, x_l, wide, s_k, wide, df_k,
+                WIDTH, ROWS, SILU, HAS_INITIAL, HAS_DFINAL,
+            )  # fmt: skip
+    else:
+        dtaps, dshift = differentiate(
+            dy, x, dx, initial + batch * s_n + c * s_c if HAS_INITIAL else initial,
+            dinitial + batch * wide * HALO + c if HAS_INITIAL else dinitial,
+            dfinal + batch * df_n + c * df_c if HAS_DFINAL else dfinal, taps, shift, dtaps, dshift, inside,
+            low, high, 0, seqlen, dy_l, x_l, wide, s_k, wide, df_k,
+            WIDTH, ROWS, SILU, HAS_INITIAL, HAS_DFINAL,
+        )  # fmt: skip
+    partial += piece * (WIDTH + HAS_BIAS) * wide + c
+    for j in tl.static_range(WIDTH):
+        tl.store(partial + j * channels, dtaps[j], mask=inside)
+    if HAS_BIAS:
+        tl.store(partial + WIDTH * channels, dshift, mask=inside)
+
+
+@triton.jit(do_not_specialize=["x_b", "x_c", "w_c", "w_j", "s_n", "s_c", "s_k", "channels"])
+def step_kernel(
+    x, weight, bias, initial, y, final,
+    x_b: tl.int64, x_c: tl.int64, w_c: tl.int64, w_j: tl.int64, s_n: tl.int64, s_c: tl.int64, s_k: tl.int64,
+    channels: tl.int32,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+):  # fmt: skip
+    """One token a sequence. Grid `blocks of channels x batch`, in this order."""
+    HALO: tl.constexpr = WIDTH - 1
+    blocks = tl.cdiv(channels, BLOCK)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    c = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < channels
+    row = tl.load(x + batch * x_b + c * x_c, mask=inside, other=0.0)
+    taps, out = filter_of(weight, bias, c, w_c, w_j, inside, WIDTH, HAS_BIAS)
+    for k in tl.static_range(HALO):
+        state = tl.zeros([BLOCK], x.dtype.element_ty)
+        if HAS_INITIAL:
+            state = tl.load(initial + batch * s_n + c * s_c + k * s_k, mask=inside, other=0.0)
+        out += taps[k] * state.to(tl.float32)
+        if k > 0:
+            tl.store(final + (batch * HALO + k - 1) * channels + c, state, mask=inside)
+    if WIDTH > 1:
+        tl.store(final + (batch * HALO + HALO - 1) * channels + c, row, mask=inside)
+    out += taps[HALO] * row.to(tl.float32)
+    if SILU:
+        out *= tl.sigmoid(out)
+    tl.store(y + batch * channels + c, out.to(y.dtype.element_ty), mask=inside)
+
+
+_forward, _backward, _step = Launcher(forward_kernel), Launcher(backward_kernel), Launcher(step_kernel)
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """`y` and the final states; arguments as in `reference.causal_conv1d_reference`."""
+    batch, seqlen, channels = x.shape
+    width = weight.shape[1]
+    nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final = torch.empty((nseq, width - 1, channels), dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y, _unchanged(final, initial_states)
+    states = (0, 0, 0) if initial_states is None else initial_states.stride()
+    with _triton.on_device(x):
+        if seqlen == 1 and cu_seqlens is None:
+            grid = (batch * triton.cdiv(channels, STEP_BLOCK), 1, 1)
+            _step(
+                grid, (x, weight, bias, initial_states, y, final),
+                (x.stride(0), x.stride(2), *weight.stride(), *states, channels),
+                (width, STEP_BLOCK, silu, bias is not None, initial_states is not None), 4,
+            )  # fmt: skip
+            return y, final.transpose(1, 2)
+        cut = _Cut(x, x, TILES[0])
+        _forward(
+            cut.grid, (x, weight, bias, initial_states, cu_seqlens, y, final),
+            (*cut.strides(x), *weight.stride(), *states, seqlen, channels // cut.align, nseq, cut.segment,
+             cut.segments),
+            (width, cut.block, cut.rows, cut.align, cut.adjacent, silu, bias is not None, initial_states is not None,
+             cu_seqlens is not None), cut.warps,
+        )  # fmt: skip
+    return y, final.transpose(1, 2)
+
+
+def backward(
+    dy: Tensor, dfinal_states: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None,
+    cu_seqlens: Tensor | None, silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`dx, dweight, dbias, dinitial_states`, as `chunked.backward` has them."""
+    batch, seqlen, channels = x.shape
+    width = weight.shape[1]
+    nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
+    dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
+    dinitial = None
+    if initial_states is not None:
+        dinitial = torch.empty((nseq, width - 1, channels), dtype=x.dtype, device=x.device)
+    dfinal = dfinal_states if dfinal_states.numel() else None
+    absent = x.new_empty(0)
+    if x.numel() == 0:
+        dstates = absent if dinitial is None else _unchanged(dinitial, dfinal)
+        return dx, dweight.zero_(), absent if dbias is None else dbias.zero_(), dstates
+    states = (0, 0, 0) if initial_states is None else initial_states.stride()
+    with _triton.on_device(x):
+        cut = _Cut(x, dy, TILES[1])
+        partial = torch.empty(
+            (batch * cut.segments, width + (bias is not None), channels), dtype=torch.float32, device=x.device
+        )
+        _backward(
+            cut.grid, (dy, x, weight, bias, initial_states, cu_seqlens, dfinal, dx, dinitial, partial),
+            (*cut.strides(x), *weight.stride(), *states, *cut.strides(dy),
+             *((0, 0, 0) if dfinal is None else dfinal.stride()), seqlen, channels // cut.align, nseq, cut.segment,
+             cut.segments),
+            (width, cut.block, cut.rows, cut.align, cut.adjacent, silu, bias is not None, initial_states is not None,
+             dfinal is not None, cu_seqlens is not None), cut.warps,
+        )  # fmt: skip
+        sum_partials(partial, dweight, dbias)
+    dstates = absent if dinitial is None else dinitial.transpose(1, 2)
+    return dx, dweight, absent if dbias is None else dbias, dstates
+
+
+def _unchanged(states: Tensor, before: Tensor | None) -> Tensor:
+    """Fills `states`, time-major, with what is handed on where there is no token."""
+    if before is None:
+        return states.zero_().transpose(1, 2)
+    return states.transpose(1, 2).copy_(before)
+
+
+class _Cut:
+    """How a call is cut into programs, and what the kernels may assume of its addresses."""
+
+    __slots__ = ("adjacent", "align", "block", "grid", "rows", "segment", "segments", "warps")
+
+    def __init__(self, x: Tensor, other: Tensor, tile: tuple[int, int, int]):
+        batch, seqlen, channels = x.shape
+        (x_b, x_l, x_c), (o_b, o_l, o_c) = x.stride(), other.stride()
+        self.block, self.warps, self.rows = tile
+        self.adjacent = x_c == 1 and o_c == 1
+        self.align = row_alignment(channels, x_b, x_l, o_b, o_l) if self.adjacent else 1
+        blocks = triton.cdiv(channels, self.block)
+        wanted = OCCUPANCY * _triton.multiprocessors(x.device)
+        segments = min(triton.cdiv(wanted, blocks * batch), triton.cdiv(seqlen, SHORTEST_SEGMENT))
+        self.segment = triton.cdiv(triton.cdiv(seqlen, segments), self.rows) * self.rows
+        self.segments = triton.cdiv(seqlen, self.segment)
+        self.grid = (blocks * self.segments * batch, 1, 1)
+
+    def strides(self, t: Tensor) -> tuple[int, int, int]:
+        return t.stride(0) // self.align, t.stride(1) // self.align, t.stride(2)
