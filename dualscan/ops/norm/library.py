@@ -1,9 +1,10 @@
 """The operator boundary: schemas, fake kernels, gradient and FLOP formula of `dualscan::rms_norm_fwd` and `_bwd`.
 
 One operator for the plain and the gated norm: the gate is optional. See `ops/conv1d/library.py` for the form of the
-registration.
+registration. On a GPU the operators take their kernels, whose launchers are imported on the first call.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from dualscan.ops import _triton
 from dualscan.ops._dispatch import announce_slow_path
+from dualscan.ops._launch import unsupported
 from dualscan.ops.norm import chunked
 
 _INPUTS = "Tensor x, Tensor? z, Tensor weight, int group_size, bool norm_before_gate, float eps"
@@ -23,15 +26,51 @@ rms_norm_fwd = torch.ops.dualscan.rms_norm_fwd.default
 rms_norm_bwd = torch.ops.dualscan.rms_norm_bwd.default
 
 
-def _forward_on_cuda(*inputs: Any) -> Tensor:
-    announce_slow_path("rms_norm", "cuda", "this version has no CUDA kernel for it")
-    return chunked.forward(*inputs)
+# A group that a program holds in its registers.
+LARGEST_GROUP = 16384
+
+
+@cache
+def _obstacle(device: torch.device, group_size: int, *dtypes: torch.dtype) -> str | None:
+    """Why the kernels cannot run; None means that they can."""
+    reasons = [_triton.obstacle(device), *map(unsupported, dtypes)]
+    if group_size > LARGEST_GROUP:
+        reasons.append(f"groups of {group_size} channels do not fit the registers, {LARGEST_GROUP} do")
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _on_cuda(x: Tensor, z: Tensor | None, weight: Tensor, group_size: int) -> bool:
+    """Whether the kernels run; says once why not."""
+    reason = _obstacle(x.device, group_size, x.dtype, weight.dtype, x.dtype if z is None else z.dtype)
+    if reason is not None:
+        announce_slow_path("rms_norm", "cuda", reason)
+    return reason is None
+
+
+def _forward_on_cuda(
+    x: Tensor, z: Tensor | None, weight: Tensor, group_size: int, norm_before_gate: bool, eps: float
+) -> Tensor:
+    if not _on_cuda(x, z, weight, group_size):
+        return chunked.forward(x, z, weight, group_size, norm_before_gate, eps)
+    from dualscan.ops.norm import triton_norm
+
+    return triton_norm.forward(x, z, weight, group_size, norm_before_gate, eps)
+
+
+def _backward_on_cuda(
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, group_size: int, norm_before_gate: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _on_cuda(x, z, weight, group_size):
+        return chunked.backward(dy, x, z, weight, group_size, norm_before_gate, eps)
+    from dualscan.ops.norm import triton_norm
+
+    return triton_norm.backward(dy, x, z, weight, group_size, norm_before_gate, eps)
 
 
 _LIBRARY.impl("rms_norm_fwd", chunked.forward, "CPU")
 _LIBRARY.impl("rms_norm_bwd", chunked.backward, "CPU")
 _LIBRARY.impl("rms_norm_fwd", _forward_on_cuda, "CUDA")
-_LIBRARY.impl("rms_norm_bwd", chunked.backward, "CUDA")
+_LIBRARY.impl("rms_norm_bwd", _backward_on_cuda, "CUDA")
 
 
 @torch.library.register_fake("dualscan::rms_norm_fwd", lib=_LIBRARY)
