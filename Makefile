@@ -4,6 +4,7 @@ PYTHON ?= python3
 JOB ?= lm_cpu
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+comma := ,
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 
 # One stamp per set of packages. `unfinished` exists while pip works: an environment left with it is half made and starts over.
@@ -65,7 +66,7 @@ $(DEMO): pyproject.toml constraints.txt
 	  echo "Creating $(VENV) with `$(PYTHON) --version`"; $(PYTHON) -m venv --clear $(VENV); fi
 	@echo "Installing dualscan and PyTorch into $(VENV) (once; a minute or two, most of it the download of PyTorch)"
 	@$(PIP) hatchling
-	$(call install,plot)
+	$(call install,cpu$(comma)plot)
 
 $(DEV): $(DEMO)
 	@echo "Installing the development tools into $(VENV)"

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-Impl = Literal["auto", "triton", "recurrent", "quadratic", "chunked", "reference"]
+Impl = Literal["auto", "triton", "numba", "recurrent", "quadratic", "chunked", "reference"]
 
 # Answers "why can this implementation not run on that device?"; None means that it can.
 Obstacle = Callable[[torch.device], str | None]

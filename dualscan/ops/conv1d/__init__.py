@@ -9,21 +9,31 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dualscan.ops import _triton
+from dualscan.ops import _numba, _triton
 from dualscan.ops._dispatch import Impl, Operator, announce_slow_path, anywhere, choose, register
 from dualscan.ops._launch import unsupported
-from dualscan.ops.conv1d.library import causal_conv1d_fwd, causal_conv1d_kernel_fwd
+from dualscan.ops.conv1d.library import causal_conv1d_fwd, causal_conv1d_kernel_fwd, causal_conv1d_numba_fwd
 from dualscan.ops.conv1d.reference import causal_conv1d_reference
 from dualscan.ops.conv1d.validate import validate
 
 _OPERATOR = register(
     Operator(
         name="causal_conv1d",
-        impls={"triton": _triton.obstacle, "chunked": anywhere, "reference": anywhere},
-        preference=("triton", "chunked", "reference"),
+        impls={
+            "triton": _triton.obstacle,
+            "numba": _numba.obstacle,
+            "chunked": anywhere,
+            "reference": anywhere,
+        },
+        preference=("triton", "numba", "chunked", "reference"),
     )
 )
-_RUN = {"triton": causal_conv1d_kernel_fwd, "chunked": causal_conv1d_fwd, "reference": causal_conv1d_reference}
+_RUN = {
+    "triton": causal_conv1d_kernel_fwd,
+    "numba": causal_conv1d_numba_fwd,
+    "chunked": causal_conv1d_fwd,
+    "reference": causal_conv1d_reference,
+}
 
 
 class Conv1dOutput(NamedTuple):
@@ -63,8 +73,8 @@ def causal_conv1d(
         activation: "silu" (also called "swish") or None.
         initial_states: `(batch or nseq, channels, width - 1)` in the dtype of `x`, oldest input first.
         cu_seqlens: `(nseq + 1,)` int32 boundaries of packed sequences; batch must be 1.
-        impl: "auto", "triton" (kernels for NVIDIA GPUs), "chunked" (blocks of time), or "reference" (each sequence
-            alone, plain differentiable PyTorch).
+        impl: "auto", "triton" (kernels for NVIDIA GPUs), "numba" (kernels for CPUs; float32 and bfloat16), "chunked"
+            (blocks of time), or "reference" (each sequence alone, plain differentiable PyTorch).
 
     Returns:
         `Conv1dOutput(y, final_states)`. Differentiable once in `x`, `weight`, `bias` and `initial_states`.
@@ -95,11 +105,13 @@ def causal_conv1d(
 def _form(impl: str, x: Tensor) -> str:
     """The implementation that runs; `auto` says once why it leaves the kernels on a GPU."""
     form = impl if impl == "triton" and _triton.interpreted() else choose(_OPERATOR, impl, x.device)
-    reason = unsupported(x.dtype) if form == "triton" else _triton.obstacle(x.device) if x.is_cuda else None
-    if reason is None or impl not in ("auto", "triton"):
-        return form
-    if impl == "triton":
-        raise ValueError(f"causal_conv1d: impl='triton' cannot run on these inputs: {reason}; use impl='auto'.")
-    if not torch.compiler.is_compiling():
-        announce_slow_path("causal_conv1d", "cuda", reason)
-    return "chunked"
+    reason = None
+    if form in ("triton", "numba"):
+        reason = unsupported(x.dtype) if form == "triton" else _numba.unsupported(x.dtype)
+    if reason is not None and impl == form:
+        raise ValueError(f"causal_conv1d: impl={impl!r} cannot run on these inputs: {reason}; use impl='auto'.")
+    if impl == "auto" and x.is_cuda and not torch.compiler.is_compiling():
+        slow = reason or _triton.obstacle(x.device)
+        if slow is not None:
+            announce_slow_path("causal_conv1d", "cuda", slow)
+    return form if reason is None else "chunked"

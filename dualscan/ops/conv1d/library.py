@@ -3,8 +3,8 @@
 The autograd Function is registered at the Autograd key, beneath the operator: tracing sees one node, and a call costs
 2.4 us over plain Python (`torch.library.register_autograd`: 7.8, `custom_op`: 7.2).
 
-`dualscan::causal_conv1d_kernel_fwd` and `_bwd` are the same for the GPU kernels, whose launchers are imported on the
-first call.
+`dualscan::causal_conv1d_kernel_fwd` and `_bwd` are the same for the GPU kernels, `causal_conv1d_numba_fwd` and `_bwd`
+for the CPU kernels. Their launchers are imported on the first call.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from dualscan.ops.conv1d import chunked
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? cu_seqlens, bool silu"
 
 _LIBRARY = torch.library.Library("dualscan", "FRAGMENT")
-for _name in ("causal_conv1d", "causal_conv1d_kernel"):
+for _name in ("causal_conv1d", "causal_conv1d_numba", "causal_conv1d_kernel"):
     _LIBRARY.define(f"{_name}_fwd({_INPUTS}) -> (Tensor y, Tensor final_states)")
     _LIBRARY.define(
         f"{_name}_bwd(Tensor dy, Tensor dfinal_states, {_INPUTS})"
@@ -27,8 +27,22 @@ for _name in ("causal_conv1d", "causal_conv1d_kernel"):
     )
 causal_conv1d_fwd = torch.ops.dualscan.causal_conv1d_fwd.default
 causal_conv1d_bwd = torch.ops.dualscan.causal_conv1d_bwd.default
+causal_conv1d_numba_fwd = torch.ops.dualscan.causal_conv1d_numba_fwd.default
+causal_conv1d_numba_bwd = torch.ops.dualscan.causal_conv1d_numba_bwd.default
 causal_conv1d_kernel_fwd = torch.ops.dualscan.causal_conv1d_kernel_fwd.default
 causal_conv1d_kernel_bwd = torch.ops.dualscan.causal_conv1d_kernel_bwd.default
+
+
+def _numba_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from dualscan.ops.conv1d import numba_conv
+
+    return numba_conv.forward(*inputs)
+
+
+def _numba_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from dualscan.ops.conv1d import numba_conv
+
+    return numba_conv.backward(*inputs)
 
 
 def _kernel_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -43,6 +57,8 @@ def _kernel_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return triton_conv1d.backward(*inputs)
 
 
+_LIBRARY.impl("causal_conv1d_numba_fwd", _numba_forward, "CPU")
+_LIBRARY.impl("causal_conv1d_numba_bwd", _numba_backward, "CPU")
 for _key in ("CPU", "CUDA"):  # on a CPU the kernels run in Triton's interpreter
     _LIBRARY.impl("causal_conv1d_fwd", chunked.forward, _key)
     _LIBRARY.impl("causal_conv1d_bwd", chunked.backward, _key)
@@ -78,7 +94,7 @@ def _fake_backward(
     )
 
 
-for _name in ("causal_conv1d", "causal_conv1d_kernel"):
+for _name in ("causal_conv1d", "causal_conv1d_numba", "causal_conv1d_kernel"):
     torch.library.register_fake(f"dualscan::{_name}_fwd", _fake_forward, lib=_LIBRARY)
     torch.library.register_fake(f"dualscan::{_name}_bwd", _fake_backward, lib=_LIBRARY)
 
@@ -123,20 +139,24 @@ def _differentiable(forward: Any, backward: Any) -> Any:
     return autograd
 
 
-_LIBRARY.impl("causal_conv1d_fwd", _differentiable(causal_conv1d_fwd, causal_conv1d_bwd), "Autograd")
-_LIBRARY.impl(
-    "causal_conv1d_kernel_fwd", _differentiable(causal_conv1d_kernel_fwd, causal_conv1d_kernel_bwd), "Autograd"
-)
+for _forward, _backward in (
+    (causal_conv1d_fwd, causal_conv1d_bwd),
+    (causal_conv1d_numba_fwd, causal_conv1d_numba_bwd),
+    (causal_conv1d_kernel_fwd, causal_conv1d_kernel_bwd),
+):
+    _LIBRARY.impl(_forward, _differentiable(_forward, _backward), "Autograd")
+
+_OPS = torch.ops.dualscan
 
 
-@register_flop_formula([torch.ops.dualscan.causal_conv1d_fwd, torch.ops.dualscan.causal_conv1d_kernel_fwd])
+@register_flop_formula([_OPS.causal_conv1d_fwd, _OPS.causal_conv1d_numba_fwd, _OPS.causal_conv1d_kernel_fwd])
 def _flops_forward(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
     """One multiply and one add per output and tap; bias and activation are not counted."""
     batch, seqlen, channels = x_shape
     return 2 * batch * seqlen * channels * weight_shape[1]
 
 
-@register_flop_formula([torch.ops.dualscan.causal_conv1d_bwd, torch.ops.dualscan.causal_conv1d_kernel_bwd])
+@register_flop_formula([_OPS.causal_conv1d_bwd, _OPS.causal_conv1d_numba_bwd, _OPS.causal_conv1d_kernel_bwd])
 def _flops_backward(
     _dy: torch.Size, _dfinal: torch.Size, x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any
 ) -> int:

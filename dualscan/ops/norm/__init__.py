@@ -2,14 +2,14 @@
 
 from torch import Tensor
 
-from dualscan.ops import _triton
+from dualscan.ops import _numba, _triton
 from dualscan.ops._dispatch import Operator, anywhere, register
 from dualscan.ops.norm.library import rms_norm_fwd
 from dualscan.ops.norm.validate import validate
 
 for _name in ("rms_norm", "gated_rms_norm"):
-    _impls = {"triton": _triton.obstacle, "chunked": anywhere}
-    register(Operator(name=_name, impls=_impls, preference=("triton", "chunked")))
+    _impls = {"triton": _triton.obstacle, "numba": _numba.obstacle, "chunked": anywhere}
+    register(Operator(name=_name, impls=_impls, preference=tuple(_impls)))
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:

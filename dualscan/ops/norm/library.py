@@ -1,7 +1,7 @@
 """The operator boundary: schemas, fake kernels, gradient and FLOP formula of `dualscan::rms_norm_fwd` and `_bwd`.
 
 One operator for the plain and the gated norm: the gate is optional. See `ops/conv1d/library.py` for the form of the
-registration. On a GPU the operators take their kernels, whose launchers are imported on the first call.
+registration. The operators take the device's kernels, whose launchers are imported on the first call.
 """
 
 from functools import cache
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from dualscan.ops import _triton
+from dualscan.ops import _numba, _triton
 from dualscan.ops._dispatch import announce_slow_path
 from dualscan.ops._launch import unsupported
 from dualscan.ops.norm import chunked
@@ -67,8 +67,29 @@ def _backward_on_cuda(
     return triton_norm.backward(dy, x, z, weight, group_size, norm_before_gate, eps)
 
 
-_LIBRARY.impl("rms_norm_fwd", chunked.forward, "CPU")
-_LIBRARY.impl("rms_norm_bwd", chunked.backward, "CPU")
+@cache
+def _numba_runs(dtype: torch.dtype) -> bool:
+    return _numba.obstacle(torch.device("cpu")) is None and _numba.unsupported(dtype) is None
+
+
+def _forward_on_cpu(x: Tensor, z: Tensor | None, *others: Any) -> Tensor:
+    if not _numba_runs(x.dtype):
+        return chunked.forward(x, z, *others)
+    from dualscan.ops.norm import numba_norm
+
+    return numba_norm.forward(x, z, *others)
+
+
+def _backward_on_cpu(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if not _numba_runs(x.dtype):
+        return chunked.backward(dy, x, *others)
+    from dualscan.ops.norm import numba_norm
+
+    return numba_norm.backward(dy, x, *others)
+
+
+_LIBRARY.impl("rms_norm_fwd", _forward_on_cpu, "CPU")
+_LIBRARY.impl("rms_norm_bwd", _backward_on_cpu, "CPU")
 _LIBRARY.impl("rms_norm_fwd", _forward_on_cuda, "CUDA")
 _LIBRARY.impl("rms_norm_bwd", _backward_on_cuda, "CUDA")
 

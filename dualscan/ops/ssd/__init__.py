@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualscan.ops import _dispatch, _triton
+from dualscan.ops import _dispatch, _numba, _triton
 from dualscan.ops._pointwise import accumulation_dtype
 from dualscan.ops.ssd import blocks, configs, library, reference, validate
 
@@ -22,9 +22,10 @@ OPERATOR = _dispatch.register(
         name="ssd",
         impls={
             "triton": _triton.obstacle,
+            "numba": _numba.obstacle,
             **dict.fromkeys(("chunked", "recurrent", "quadratic"), _dispatch.anywhere),
         },
-        preference=("triton", "chunked"),
+        preference=("triton", "numba", "chunked"),
     )
 )
 
@@ -81,8 +82,9 @@ def ssd(
             zero.
         cu_seqlens: `(nseq + 1,)` int32 boundaries of sequences packed along time; batch must be 1.
         chunk_size: tokens a chunk of the chunked form; None takes its default (64). Changes rounding only.
-        impl: "auto", "triton" (the kernels for NVIDIA GPUs, with chunk sizes of their own), "chunked", "recurrent" (the
-            O(seqlen)-step oracle) or "quadratic" (O(seqlen²) memory).
+        impl: "auto", "triton" (the kernels for NVIDIA GPUs, with chunk sizes of their own), "numba" (the kernels for
+            CPUs; float32 and bfloat16), "chunked", "recurrent" (the O(seqlen)-step oracle) or "quadratic" (O(seqlen²)
+            memory).
 
     Returns:
         `SSDOutput(y, final_states)`: y like x; one float32 state a sequence, after its last token.
@@ -287,13 +289,13 @@ def _form(op: str, impl: str, x: Tensor, B: Tensor) -> str:
     else:
         form = _dispatch.choose(OPERATOR, impl, x.device)
     reason = _triton.obstacle(x.device)
-    if form == "triton":
-        reason = configs.unsupported(x.dtype, B.shape[3])
-        if reason is None:
+    if form in ("triton", "numba"):
+        unsupported = configs.unsupported(x.dtype, B.shape[3]) if form == "triton" else _numba.unsupported(x.dtype)
+        if unsupported is None:
             return form
-        if impl == "triton":
-            raise ValueError(f"{op}: impl='triton' cannot run on these inputs: {reason}; use impl='auto'.")
-        form = "chunked"
+        if impl == form:
+            raise ValueError(f"{op}: impl={impl!r} cannot run on these inputs: {unsupported}; use impl='auto'.")
+        reason, form = unsupported, "chunked"
     if impl == "auto" and x.is_cuda and reason is not None and not torch.compiler.is_compiling():
         _dispatch.announce_slow_path(op, "cuda", reason)
     return form
@@ -312,9 +314,9 @@ def _core(
     form: str,
 ) -> tuple[Tensor, Tensor]:
     with blocks.without_autocast(x.device):
-        if form == "chunked":
+        if form in library.core:
             chunk_size = chunk_size or blocks.DEFAULT_CHUNK_SIZE
-            return library.core(x, scale, log_decay, B, C, D, initial_states, cu_seqlens, chunk_size)
+            return library.core[form](x, scale, log_decay, B, C, D, initial_states, cu_seqlens, chunk_size)
         return reference.run(form, reference.Core(x, scale, log_decay, B, C), D, initial_states, cu_seqlens)
 
 

@@ -3,7 +3,8 @@
 `dualscan::ssd_fwd` and `dualscan::ssd_bwd` take the core's arguments: a log-decay and an optional input scale per token
 and head. Both faces, `ssd` and `linear_attention`, are thin layers over it. The autograd function sits at the Autograd
 dispatch key of the forward operator: half the call overhead of `torch.library.register_autograd` (docs/decisions/001),
-and `opcheck`, `torch.compile(fullgraph=True)` and selective checkpointing see one operator.
+and `opcheck`, `torch.compile(fullgraph=True)` and selective checkpointing see one operator. `dualscan::ssd_numba_fwd`
+and `ssd_numba_bwd` are the same as kernels for a CPU.
 
 `dualscan::ssd_kernel_fwd` and `ssd_kernel_bwd` are the same for the GPU kernels. They take dt as it comes, with bias,
 softplus and clamp, and as `decay` either A per head or a log-decay per token, because the kernels do that arithmetic on
@@ -24,11 +25,12 @@ _CORE = (
     "Tensor x, Tensor? scale, Tensor log_decay, Tensor B, Tensor C, Tensor? D, Tensor? initial_states, "
     "Tensor? cu_seqlens, int chunk_size"
 )
-_LIB.define(f"ssd_fwd({_CORE}) -> (Tensor y, Tensor final_states)")
-_LIB.define(
-    f"ssd_bwd(Tensor? dy, Tensor? dfinal_states, {_CORE}) -> "
-    "(Tensor dx, Tensor dscale, Tensor ddA, Tensor dB, Tensor dC, Tensor dD, Tensor dinitial_states)"
-)
+for _name in ("ssd", "ssd_numba"):
+    _LIB.define(f"{_name}_fwd({_CORE}) -> (Tensor y, Tensor final_states)")
+    _LIB.define(
+        f"{_name}_bwd(Tensor? dy, Tensor? dfinal_states, {_CORE}) -> "
+        "(Tensor dx, Tensor dscale, Tensor ddA, Tensor dB, Tensor dC, Tensor dD, Tensor dinitial_states)"
+    )
 
 
 _KERNEL = (
@@ -45,6 +47,18 @@ _LIB.define(
     "ssd_step_kernel(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
     "Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max) -> (Tensor y, Tensor final_states)"
 )
+
+
+def _numba_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    from dualscan.ops.ssd.cpu import forward
+
+    return forward.forward(*args)
+
+
+def _numba_backward(*args: Any) -> tuple[Tensor, ...]:
+    from dualscan.ops.ssd.cpu import backward
+
+    return backward.backward(*args)
 
 
 def _kernel_forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -65,6 +79,8 @@ def _kernel_step(*args: Any) -> tuple[Tensor, Tensor]:
     return triton_scan.step(*args)
 
 
+_LIB.impl("ssd_numba_fwd", _numba_forward, "CPU")
+_LIB.impl("ssd_numba_bwd", _numba_backward, "CPU")
 for _key in ("CPU", "CUDA"):  # on a CPU the kernels run in Triton's interpreter
     _LIB.impl("ssd_fwd", chunked.forward, _key)
     _LIB.impl("ssd_bwd", chunked.backward, _key)
@@ -73,7 +89,6 @@ for _key in ("CPU", "CUDA"):  # on a CPU the kernels run in Triton's interpreter
     _LIB.impl("ssd_step_kernel", _kernel_step, _key)
 
 
-@torch.library.register_fake("dualscan::ssd_fwd", lib=_LIB)
 def _fake_forward(
     x: Tensor,
     scale: Tensor | None,
@@ -90,7 +105,6 @@ def _fake_forward(
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), states
 
 
-@torch.library.register_fake("dualscan::ssd_bwd", lib=_LIB)
 def _fake_backward(
     dy: Tensor | None,
     dfinal_states: Tensor | None,
@@ -122,6 +136,9 @@ def _fake_kernel_backward(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
+for _name in ("ssd", "ssd_numba"):
+    torch.library.register_fake(f"dualscan::{_name}_fwd", _fake_forward, lib=_LIB)
+    torch.library.register_fake(f"dualscan::{_name}_bwd", _fake_backward, lib=_LIB)
 torch.library.register_fake("dualscan::ssd_kernel_fwd", _fake_kernel_forward, lib=_LIB)
 torch.library.register_fake("dualscan::ssd_kernel_bwd", _fake_kernel_backward, lib=_LIB)
 
@@ -172,6 +189,7 @@ def _differentiable(forward: Any, backward: Any, differentiable: int) -> Any:
 
 _OPS = torch.ops.dualscan
 _LIB.impl("ssd_fwd", _differentiable(_OPS.ssd_fwd.default, _OPS.ssd_bwd.default, 7), "Autograd")
+_LIB.impl("ssd_numba_fwd", _differentiable(_OPS.ssd_numba_fwd.default, _OPS.ssd_numba_bwd.default, 7), "Autograd")
 _LIB.impl("ssd_kernel_fwd", _differentiable(_OPS.ssd_kernel_fwd.default, _OPS.ssd_kernel_bwd.default, 8), "Autograd")
 
 
@@ -197,14 +215,14 @@ def _sizes(x: Any, B: Any, chunk_size: int) -> tuple[int, int, int, int, int, in
     return batch, seqlen, nheads, headdim, B[2], B[3], chunk_size
 
 
-@register_flop_formula(torch.ops.dualscan.ssd_fwd)
+@register_flop_formula([torch.ops.dualscan.ssd_fwd, torch.ops.dualscan.ssd_numba_fwd])
 def _forward_formula(
     x: Any, scale: Any, log_decay: Any, B: Any, C: Any, D: Any, states: Any, cu: Any, chunk: int, **_: Any
 ) -> int:
     return forward_flops(*_sizes(x, B, chunk))
 
 
-@register_flop_formula(torch.ops.dualscan.ssd_bwd)
+@register_flop_formula([torch.ops.dualscan.ssd_bwd, torch.ops.dualscan.ssd_numba_bwd])
 def _backward_formula(
     dy: Any,
     df: Any,
@@ -233,6 +251,6 @@ def _kernel_backward_formula(dy: Any, df: Any, x: Any, dt: Any, decay: Any, B: A
 
 
 # Loaded for its effect: `torch.ops.dualscan.ssd_fwd` exists once this module is imported.
-core = torch.ops.dualscan.ssd_fwd.default
+core = {"chunked": torch.ops.dualscan.ssd_fwd.default, "numba": torch.ops.dualscan.ssd_numba_fwd.default}
 kernel = torch.ops.dualscan.ssd_kernel_fwd.default
 step_kernel = torch.ops.dualscan.ssd_step_kernel.default

@@ -52,6 +52,12 @@ def test_every_width(width: int, lengths: list[int] | None):
     assert_matches_brute_force(problem(width=width, lengths=lengths))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("corner", CORNERS.values(), ids=CORNERS)
+def test_kernels_match_brute_force(corner: dict[str, Any], dtype: torch.dtype):
+    assert_matches_brute_force(problem(**corner, dtype=dtype), impl="numba")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("corner", [{"seqlen": 50}, {"seqlen": 1}, {"lengths": [30, 2, 0, 18]}], ids=str)
 def test_lower_precision_accumulates_in_float32(dtype: torch.dtype, corner: dict[str, Any]):

@@ -19,6 +19,10 @@ from dualscan.ops.ssd import SSDOutput, chunked, ssd, ssd_step
 from tests.strategies import Problem, attention_problem, evaluate, packed, ssd_problem
 
 FORWARD, BACKWARD = torch.ops.dualscan.ssd_fwd.default, torch.ops.dualscan.ssd_bwd.default
+OPERATORS = {
+    "chunked": (FORWARD, BACKWARD),
+    "numba": (torch.ops.dualscan.ssd_numba_fwd.default, torch.ops.dualscan.ssd_numba_bwd.default),
+}
 
 
 def core_arguments(which: str, *, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> list[Any]:
@@ -41,13 +45,15 @@ def core_arguments(which: str, *, dtype: torch.dtype = torch.float32, requires_g
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", ["bare", "full", "packed"])
-def test_opcheck(which: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("impl", OPERATORS)
+def test_opcheck(impl: str, which: str, dtype: torch.dtype) -> None:
+    forward, backward = OPERATORS[impl]
     arguments = core_arguments(which, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(FORWARD, arguments)
+    torch.library.opcheck(forward, arguments)
     plain = core_arguments(which, dtype=dtype)
-    y, states = FORWARD(*plain)
+    y, states = forward(*plain)
     for dy, dfinal in ((y, states), (y, None), (None, states)):
-        torch.library.opcheck(BACKWARD, [dy, dfinal, *plain])
+        torch.library.opcheck(backward, [dy, dfinal, *plain])
 
 
 @pytest.mark.parametrize("which", ["bare", "full", "packed"])
@@ -120,26 +126,28 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("saved", [True, False])
-def test_selective_checkpointing_by_name(saved: bool) -> None:
+@pytest.mark.parametrize("impl", OPERATORS)
+def test_selective_checkpointing_by_name(impl: str, saved: bool) -> None:
+    forward, backward = OPERATORS[impl]
     problem = ssd_problem(D="scalar", dt_bias=True, states=True)
 
     def policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        keep = saved and operator == FORWARD
+        keep = saved and operator == forward
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     def face(**arguments: Any) -> SSDOutput:
         def run(x: Tensor) -> SSDOutput:
-            return problem.face(**{**arguments, "x": x.mul(2.0)})
+            return problem.face(**{**arguments, "x": x.mul(2.0)}, impl=impl)
 
         contexts = partial(create_selective_checkpoint_contexts, policy)
         return checkpoint(run, arguments["x"], use_reentrant=False, context_fn=contexts)
 
     doubled = problem.having(x=problem.tensors["x"] * 2)
-    expected = evaluate(doubled)
+    expected = evaluate(doubled, impl=impl)
     with Calls() as calls:
         result = evaluate(replace(problem, face=face))
-    assert calls.count[FORWARD] == (1 if saved else 2)
-    assert calls.count[BACKWARD] == 1
+    assert calls.count[forward] == (1 if saved else 2)
+    assert calls.count[backward] == 1
     expected["dx"] = expected["dx"] * 2
     for name in expected:
         assert torch.equal(result[name], expected[name]), name
@@ -152,7 +160,7 @@ def test_flops_are_the_documented_formula(seqlen: int, chunk_size: int) -> None:
     q = min(seqlen, chunk_size)
     forward = 2 * seqlen * (ngroups * q * d_state + nheads * headdim * (q + 2 * d_state)) * batch
     with FlopCounterMode(display=False) as counter:
-        evaluate(problem, chunk_size=chunk_size)
+        evaluate(problem, chunk_size=chunk_size, impl="chunked")
     counts = counter.get_flop_counts()["Global"]
     assert counts[torch.ops.dualscan.ssd_fwd] == forward
     # The formulas are what the portable form does, product by product.

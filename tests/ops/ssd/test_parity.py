@@ -76,19 +76,19 @@ def compare(problem: Problem, dtype: torch.dtype, **options: Any) -> None:
     assert_matches(evaluate(problem, **options), oracle, dtype=dtype, yardstick=yardstick)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "quadratic"])
+@pytest.mark.parametrize("impl", ["numba", "chunked", "quadratic"])
 @pytest.mark.parametrize("corner", SSD_CORNERS)
 def test_ssd_equals_the_recurrence(corner: str, impl: str) -> None:
     compare(ssd_problem(**SSD_CORNERS[corner]), torch.float32, impl=impl, chunk_size=16)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "quadratic"])
+@pytest.mark.parametrize("impl", ["numba", "chunked", "quadratic"])
 @pytest.mark.parametrize("corner", ATTENTION_CORNERS)
 def test_linear_attention_equals_the_recurrence(corner: str, impl: str) -> None:
     compare(attention_problem(**ATTENTION_CORNERS[corner]), torch.float32, impl=impl, chunk_size=16)
 
 
-@pytest.mark.parametrize("impl", ["auto", "quadratic"])
+@pytest.mark.parametrize("impl", ["auto", "chunked", "quadratic"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("corner", ["everything", "everything packed"])
 def test_other_dtypes(corner: str, dtype: torch.dtype, impl: str) -> None:
@@ -99,7 +99,7 @@ def test_other_dtypes(corner: str, dtype: torch.dtype, impl: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_result_dtypes(dtype: torch.dtype) -> None:
     for problem in (ssd_problem(dtype=dtype, states=True, D="scalar"), attention_problem(dtype=dtype, states=True)):
-        for impl in ("chunked", "recurrent", "quadratic"):
+        for impl in ("auto", "chunked", "recurrent", "quadratic"):
             result = evaluate(problem, impl=impl)
             assert result["y"].dtype == dtype
             assert result["final_states"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -107,7 +107,7 @@ def test_result_dtypes(dtype: torch.dtype) -> None:
                 assert result[f"d{name}"].dtype == t.dtype, name
 
 
-@pytest.mark.parametrize("impl", ["chunked", "recurrent", "quadratic"])
+@pytest.mark.parametrize("impl", ["numba", "chunked", "recurrent", "quadratic"])
 @pytest.mark.parametrize("lengths", [None, [7, 0, 20, 1]])
 def test_gradient_through_the_final_states_only(impl: str, lengths: list[int] | None) -> None:
     problem = ssd_problem(states=True, D="scalar", seqlen=28, lengths=lengths)
@@ -182,7 +182,7 @@ def test_step_sizes_of_any_magnitude(dtype: torch.dtype) -> None:
                 assert_close(f"dt={dt[i]}", value[i], exact[i], dtype=dtype)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "quadratic"])
+@pytest.mark.parametrize("impl", ["numba", "chunked", "quadratic"])
 def test_inputs_may_have_any_strides(impl: str) -> None:
     batch, seqlen, nheads, headdim, ngroups, d_state = 2, 21, 4, 6, 2, 5
     wide = torch.randn(batch, seqlen, nheads * headdim + 2 * ngroups * d_state + nheads)
@@ -235,7 +235,7 @@ def test_cotangents_may_have_any_strides() -> None:
     assert_matches(evaluate(strided, chunk_size=8), expected, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "recurrent", "quadratic"])
+@pytest.mark.parametrize("impl", ["numba", "chunked", "recurrent", "quadratic"])
 @pytest.mark.parametrize("seqlen", [1, 30])
 def test_a_reset_forgets_exactly(impl: str, seqlen: int) -> None:
     """A log-decay of -inf: what is before has no influence, no gradient, and makes no NaN."""
@@ -259,6 +259,7 @@ def test_a_reset_forgets_exactly(impl: str, seqlen: int) -> None:
     assert all(t.isfinite().all() for t in grads.values())
 
 
+WIDE = (torch.float32, torch.float64)
 STEEP = {
     "mixture": lambda t: torch.where(torch.arange(t.shape[1])[:, None] % 3 == 1, -300.0, t),
     "one cliff": lambda t: torch.where(torch.arange(t.shape[1])[:, None] == 2, -160.0, t),
@@ -268,8 +269,10 @@ STEEP = {
 }
 
 
-@pytest.mark.parametrize("impl", ["chunked", "quadratic"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("numba", torch.float32), *((impl, wide) for impl in ("chunked", "quadratic") for wide in WIDE)],
+)
 @pytest.mark.parametrize("kind", STEEP)
 def test_steep_decays_beside_mild_ones_stay_exact(kind: str, dtype: torch.dtype, impl: str) -> None:
     """Large sums inside a chunk must not cost the small differences their precision."""
@@ -297,7 +300,7 @@ def test_long_sequences_do_not_drift() -> None:
     )
 
 
-@pytest.mark.parametrize("impl", ["chunked", "recurrent", "quadratic"])
+@pytest.mark.parametrize("impl", ["numba", "chunked", "recurrent", "quadratic"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_spoils_nothing_before_it(impl: str, bad: float) -> None:
     problem = ssd_problem(seqlen=20)

@@ -1,0 +1,171 @@
+"""What kernels are written with: typed pointers, loads and stores that convert, and elementwise functions.
+
+Kernels index raw pointers, as C does: an array's bounds and negative indices would keep LLVM from vectorising a loop.
+Everything here is plain LLVM arithmetic on one element, which the compiler widens to the CPU's vectors.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic as _intrinsic
+
+from dualscan.ops._numba.launch import launch
+
+# `nnan` and `ninf` are left out: a NaN in the data must come out as a NaN.
+FASTMATH = {"reassoc", "contract", "arcp", "nsz", "afn"}
+OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "fastmath": FASTMATH, "nogil": True}
+FLOAT, INT, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+
+_thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
+_thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
+_ENTRY = types.void(types.CPointer(types.int64))
+
+
+# A decorated function takes the arguments that follow the typing context, which a type checker does not know.
+intrinsic: Any = _intrinsic
+
+
+def device_function(function: Any) -> Any:
+    """A function that kernels call."""
+    return numba.njit(**OPTIONS)(function)
+
+
+class Kernel:
+    """An entry point, a function of the block of arguments, compiled on the first call and then kept on disk.
+
+    Calling it with tensors and integers runs it on `workers` threads; the function finds them in `p[2:]`.
+    """
+
+    def __init__(self, function: Any):
+        self._function = function
+
+    @cached_property
+    def _address(self) -> int:
+        options = {name: value for name, value in OPTIONS.items() if name != "nogil"}
+        address = numba.cfunc(_ENTRY, **options)(self._function).address
+        assert address is not None
+        return address
+
+    def __call__(self, *arguments: Any, workers: int) -> None:
+        launch(self._address, arguments, workers)
+
+
+@numba.njit(**OPTIONS)
+def share(block, items):
+    """The range of items that the calling worker does."""
+    worker, workers = block[0], block[1]
+    if worker < 0:
+        worker, workers = np.int64(_thread_number()), np.int64(_thread_count())
+    return items * worker // workers, items * (worker + 1) // workers, worker
+
+
+def _pointer_to(element: types.Type) -> Any:
+    @intrinsic
+    def cast(_typing: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), generate
+
+    return cast
+
+
+# An address as a pointer. bfloat16 has no type in Numba: its elements are uint16 that `load` and `store` convert.
+float32, float64, bfloat16 = (_pointer_to(t) for t in (types.float32, types.float64, types.uint16))
+int64 = _pointer_to(types.int64)
+
+
+@intrinsic
+def at(_typing, pointer, offset):
+    """`pointer + offset`, counted in elements."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.int64), generate
+
+
+@intrinsic
+def load(_typing, pointer, index):
+    """Element `index` of a float32 or bfloat16 pointer, as float32."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        value = builder.load(builder.gep(args[0], [args[1]]), align=pointer.dtype.bitwidth // 8)
+        if pointer.dtype == types.uint16:
+            value = builder.bitcast(builder.shl(builder.zext(value, INT), INT(16)), FLOAT)
+        return value
+
+    return types.float32(pointer, types.int64), generate
+
+
+@intrinsic
+def store(_typing, pointer, index, value):
+    """Writes a float32 to a float32 or bfloat16 pointer, rounded to nearest even; a NaN stays one."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        target, value = builder.gep(args[0], [args[1]]), args[2]
+        if pointer.dtype == types.uint16:
+            bits = builder.bitcast(value, INT)
+            even = builder.and_(builder.lshr(bits, INT(16)), INT(1))
+            rounded = builder.trunc(builder.lshr(builder.add(builder.add(bits, INT(0x7FFF)), even), INT(16)), HALF)
+            value = builder.select(builder.fcmp_unordered("uno", value, value), HALF(0x7FC0), rounded)
+        builder.store(value, target, align=pointer.dtype.bitwidth // 8)
+        return _context.get_dummy_value()
+
+    return types.void(pointer, types.int64, types.float32), generate
+
+
+# exp(x) = 2^n exp(r) with |r| <= ln(2) / 2: ln(2) in two parts, and Cephes' minimax polynomial of degree 6.
+_LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
+_COEFFICIENTS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_LARGEST, _SMALLEST = 88.0, -87.3
+# Added to a float32, it leaves the nearest integer in the low bits.
+_ROUNDER = 1.5 * 2**23
+
+
+@intrinsic
+def exp(_typing, _x):
+    """exp of a float32 to about 1 unit in the last place; inf above 88, at least 1.2e-38 (never subnormal)."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        def constant(value: float) -> ir.Constant:
+            return ir.Constant(FLOAT, float(np.float32(value)))
+
+        def fma(a: Any, b: Any, c: Any) -> Any:
+            kind = ir.FunctionType(FLOAT, [FLOAT] * 3)
+            return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.f32"), (a, b, c))
+
+        value = x = args[0]
+        for comparison, bound in (("<", _SMALLEST), (">", _LARGEST)):
+            outside = builder.fcmp_ordered(comparison, value, constant(bound))
+            value = builder.select(outside, constant(bound), value)
+        shifted = fma(value, constant(_LOG2_E), constant(_ROUNDER))
+        n = builder.fsub(shifted, constant(_ROUNDER))
+        r = fma(n, constant(_LN2_LOW * -1), fma(n, constant(-_LN2_HIGH), value))
+        p = constant(_COEFFICIENTS[0])
+        for coefficient in _COEFFICIENTS[1:]:
+            p = fma(p, r, constant(coefficient))
+        p = fma(builder.fmul(p, r), r, builder.fadd(r, constant(1.0)))
+        exponent = builder.shl(builder.add(builder.bitcast(shifted, INT), INT(127)), INT(23))
+        result = builder.fmul(p, builder.bitcast(exponent, FLOAT))
+        return builder.select(builder.fcmp_ordered(">", x, constant(_LARGEST)), constant(float("inf")), result)
+
+    return types.float32(types.float32), generate
+
+
+ZERO, ONE = np.float32(0), np.float32(1)
+
+
+@device_function
+def sigmoid(x):
+    return ONE / (ONE + exp(-x))
+
+
+@device_function
+def silu(x):
+    return x / (ONE + exp(-x))
