@@ -14,6 +14,9 @@ order.
 A packed row is cut into the same segments; a program goes over the sequences in its own.
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -21,10 +24,10 @@ from torch import Tensor
 
 from dualscan.ops import _triton
 from dualscan.ops._launch import Launcher, row_alignment
-from dualscan.ops.triton_sums import sum_partials
+from dualscan.ops.triton_common import sigmoid, silu_slope, sum_partials
 
 # Channels of a program, warps and rows loaded at once: (forward, backward).
-TILES = ((256, 1, 8), (128, 1, 4))
+TILES = ((256, 1, 4), (256, 1, 4))
 # Programs that a multiprocessor should find, and the fewest tokens worth a segment: each reads `halo` rows twice.
 OCCUPANCY = 32
 SHORTEST_SEGMENT = 32
@@ -88,6 +91,26 @@ def preactivate(taps, shift, window, row, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def convolve_rows(
+    x, y, window, taps, shift, inside, first, high, x_l, y_l,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens from `first` on; CUT: those from `high` on do not count. Returns the window after them."""
+    x, y = x + first * x_l, y + first * y_l
+    rows = ()
+    for u in tl.static_range(ROWS):
+        live = inside & (first + u < high) if CUT else inside
+        rows = rows + (tl.load(x + u * x_l, mask=live, other=0.0),)
+    for u in tl.static_range(ROWS):
+        live = inside & (first + u < high) if CUT else inside
+        out, window = preactivate(taps, shift, window, rows[u].to(tl.float32), WIDTH)
+        if SILU:
+            out *= sigmoid(out)
+        tl.store(y + u * y_l, out.to(y.dtype.element_ty), mask=live)
+    return window
+
+
+@triton.jit
 def convolve(
     x, y, initial, final, taps, shift, inside, low, high, begin, end, x_l, y_l, s_k, f_k,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr, HAS_INITIAL: tl.constexpr,
@@ -97,17 +120,11 @@ def convolve(
     window = ()
     for k in tl.static_range(HALO):
         window = window + (past(x, initial, low - HALO + k, begin, x_l, s_k, inside, HALO, HAS_INITIAL),)
-    for first in range(low, high, ROWS):
-        rows = ()
-        for u in tl.static_range(ROWS):
-            token = first + u
-            rows = rows + (tl.load(x + token * x_l, mask=inside & (token < high), other=0.0),)
-        for u in tl.static_range(ROWS):
-            token = first + u
-            out, window = preactivate(taps, shift, window, rows[u].to(tl.float32), WIDTH)
-            if SILU:
-                out *= tl.sigmoid(out)
-            tl.store(y + token * y_l, out.to(y.dtype.element_ty), mask=inside & (token < high))
+    whole = low + (high - low) // ROWS * ROWS
+    for first in range(low, whole, ROWS):
+        window = convolve_rows(x, y, window, taps, shift, inside, first, high, x_l, y_l, WIDTH, ROWS, SILU, False)
+    if whole < high:
+        convolve_rows(x, y, window, taps, shift, inside, whole, high, x_l, y_l, WIDTH, ROWS, SILU, True)
     if high == end:
         for k in tl.static_range(HALO):
             row = past(x, initial, end - HALO + k, begin, x_l, s_k, inside, HALO, HAS_INITIAL)
@@ -155,6 +172,60 @@ def forward_kernel(
 
 
 @triton.jit
+def differentiate_rows(
+    x, dy, dx, dinitial, dfinal, window, grads, dtaps, dshift, taps, shift, inside, first, low, high, begin, end,
+    x_l, dy_l, dx_l, di_k, df_k,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
+    CUT: tl.constexpr,
+):  # fmt: skip
+    """Takes x and dy of tokens from `first` on, and gives dx of those `HALO` before; CUT: some are outside the run."""
+    HALO: tl.constexpr = WIDTH - 1
+    x, dy, dx = x + first * x_l, dy + first * dy_l, dx + (first - HALO) * dx_l
+    rows, outer = (), ()
+    # dx of the last tokens needs g of the next HALO, which may belong to the next segment.
+    limit = tl.minimum(high + HALO, end)
+    for u in tl.static_range(ROWS):
+        live = inside & (first + u < limit) if CUT else inside
+        rows = rows + (tl.load(x + u * x_l, mask=live, other=0.0),)
+        outer = outer + (tl.load(dy + u * dy_l, mask=live, other=0.0),)
+    for u in tl.static_range(ROWS):
+        token = first + u
+        row, g = rows[u].to(tl.float32), outer[u].to(tl.float32)
+        before = window
+        pre, window = preactivate(taps, shift, window, row, WIDTH)
+        if SILU:
+            g *= silu_slope(pre, sigmoid(pre))
+        own = g
+        if CUT:
+            g = tl.where(token < limit, g, 0.0)
+            own = tl.where(token < high, g, 0.0)
+        dshift += own
+        sums = ()
+        for j in tl.static_range(HALO):
+            sums = sums + (dtaps[j] + own * before[j],)
+        dtaps = sums + (dtaps[HALO] + own * row,)
+        result = taps[0] * g
+        for j in tl.static_range(HALO):
+            result += taps[HALO - j] * grads[j]
+        if WIDTH > 1:
+            grads = grads[1:] + (g,)
+        if CUT:
+            place = token - HALO
+            if HAS_DFINAL:
+                share = place - (end - HALO)
+                live = inside & (share >= 0) & (share < HALO)
+                result += tl.load(dfinal + share * df_k, mask=live, other=0.0).to(tl.float32)
+            out = result.to(dx.dtype.element_ty)
+            tl.store(dx + u * dx_l, out, mask=inside & (place >= low) & (place < high))
+            if HAS_INITIAL:
+                live = inside & (place < begin) & (low == begin)
+                tl.store(dinitial + (place - begin + HALO) * di_k, out, mask=live)
+        else:
+            tl.store(dx + u * dx_l, result.to(dx.dtype.element_ty), mask=inside)
+    return window, grads, dtaps, dshift
+
+
+@triton.jit
 def differentiate(
     dy, x, dx, initial, dinitial, dfinal, taps, shift, dtaps, dshift, inside, low, high, begin, end,
     dy_l, x_l, dx_l, s_k, di_k, df_k,
@@ -166,42 +237,27 @@ def differentiate(
     for k in tl.static_range(HALO):
         window = window + (past(x, initial, low - HALO + k, begin, x_l, s_k, inside, HALO, HAS_INITIAL),)
         grads = grads + (tl.zeros(shift.shape, tl.float32),)
-    # dx of the last tokens needs g of the next HALO, which may belong to the next segment.
-    limit = tl.minimum(high + HALO, end)
-    for first in range(low, high + HALO, ROWS):
-        rows, outer = (), ()
-        for u in tl.static_range(ROWS):
-            token = first + u
-            rows = rows + (tl.load(x + token * x_l, mask=inside & (token < limit), other=0.0),)
-            outer = outer + (tl.load(dy + token * dy_l, mask=inside & (token < limit), other=0.0),)
-        for u in tl.static_range(ROWS):
-            token = first + u
-            row, g = rows[u].to(tl.float32), outer[u].to(tl.float32)
-            before = window
-            pre, window = preactivate(taps, shift, window, row, WIDTH)
-            if SILU:
-                gate = tl.sigmoid(pre)
-                g *= gate + pre * gate * (1.0 - gate)
-            g = tl.where(token < limit, g, 0.0)
-            own = tl.where(token < high, g, 0.0)
-            dshift += own
-            sums = ()
-            for j in tl.static_range(HALO):
-                sums = sums + (dtaps[j] + own * before[j],)
-            dtaps = sums + (dtaps[HALO] + own * row,)
-            result = taps[0] * g
-            for j in tl.static_range(HALO):
-                result += taps[HALO - j] * grads[j]
-            if WIDTH > 1:
-                grads = grads[1:] + (g,)
-            place = token - HALO
-            if HAS_DFINAL:
-                k = place - (end - HALO)
-                result += tl.load(dfinal + k * df_k, mask=inside & (k >= 0) & (k < HALO), other=0.0).to(tl.float32)
-            out = result.to(dx.dtype.element_ty)
-            tl.store(dx + place * dx_l, out, mask=inside & (place >= low) & (place < high))
-            if HAS_INITIAL:
-                tl.store(dinitial + (place - begin + HALO) * di_k, out, mask=inside & (place < begin) & (low == begin))
+    # Tokens whose dx is another segment's or the initial state's, then those with nothing to mind, then the last.
+    if WIDTH > 1:
+        window, grads, dtaps, dshift = differentiate_rows(
+            x, dy, dx, dinitial, dfinal, window, grads, dtaps, dshift, taps, shift, inside,
+            low, low, high, begin, end, x_l, dy_l, dx_l, di_k, df_k,
+            WIDTH, HALO, SILU, HAS_INITIAL, HAS_DFINAL, True,
+        )  # fmt: skip
+    start = low + HALO
+    whole = start + tl.maximum(high - start, 0) // ROWS * ROWS
+    for first in range(start, whole, ROWS):
+        window, grads, dtaps, dshift = differentiate_rows(
+            x, dy, dx, dinitial, dfinal, window, grads, dtaps, dshift, taps, shift, inside,
+            first, low, high, begin, end, x_l, dy_l, dx_l, di_k, df_k,
+            WIDTH, ROWS, SILU, HAS_INITIAL, HAS_DFINAL, False,
+        )  # fmt: skip
+    for first in range(whole, high + HALO, ROWS):
+        window, grads, dtaps, dshift = differentiate_rows(
+            x, dy, dx, dinitial, dfinal, window, grads, dtaps, dshift, taps, shift, inside,
+            first, low, high, begin, end, x_l, dy_l, dx_l, di_k, df_k,
+            WIDTH, ROWS, SILU, HAS_INITIAL, HAS_DFINAL, True,
+        )  # fmt: skip
     return dtaps, dshift
 
 
@@ -287,7 +343,7 @@ def step_kernel(
         tl.store(final + (batch * HALO + HALO - 1) * channels + c, row, mask=inside)
     out += taps[HALO] * row.to(tl.float32)
     if SILU:
-        out *= tl.sigmoid(out)
+        out *= sigmoid(out)
     tl.store(y + batch * channels + c, out.to(y.dtype.element_ty), mask=inside)
 
 
@@ -306,23 +362,20 @@ def forward(
     if x.numel() == 0:
         return y, _unchanged(final, initial_states)
     states = (0, 0, 0) if initial_states is None else initial_states.stride()
+    present = (silu, bias is not None, initial_states is not None)
     with _triton.on_device(x):
         if seqlen == 1 and cu_seqlens is None:
-            grid = (batch * triton.cdiv(channels, STEP_BLOCK), 1, 1)
             _step(
-                grid, (x, weight, bias, initial_states, y, final),
-                (x.stride(0), x.stride(2), *weight.stride(), *states, channels),
-                (width, STEP_BLOCK, silu, bias is not None, initial_states is not None), 4,
+                (batch * -(-channels // STEP_BLOCK), 1, 1), (x, weight, bias, initial_states, y, final),
+                (x.stride(0), x.stride(2), *weight.stride(), *states, channels), (width, STEP_BLOCK, *present), 4,
             )  # fmt: skip
-            return y, final.transpose(1, 2)
-        cut = _Cut(x, x, TILES[0])
-        _forward(
-            cut.grid, (x, weight, bias, initial_states, cu_seqlens, y, final),
-            (*cut.strides(x), *weight.stride(), *states, seqlen, channels // cut.align, nseq, cut.segment,
-             cut.segments),
-            (width, cut.block, cut.rows, cut.align, cut.adjacent, silu, bias is not None, initial_states is not None,
-             cu_seqlens is not None), cut.warps,
-        )  # fmt: skip
+        else:
+            cut = _cut(x.shape, x.stride(), x.stride(), TILES[0], _triton.multiprocessors(x.device))
+            _forward(
+                cut.grid, (x, weight, bias, initial_states, cu_seqlens, y, final),
+                (*cut.strides(x), *weight.stride(), *states, *cut.sizes(x, nseq)),
+                (width, *cut.constants, *present, cu_seqlens is not None), cut.warps,
+            )  # fmt: skip
     return y, final.transpose(1, 2)
 
 
@@ -331,7 +384,7 @@ def backward(
     cu_seqlens: Tensor | None, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`dx, dweight, dbias, dinitial_states`, as `chunked.backward` has them."""
-    batch, seqlen, channels = x.shape
+    batch, _, channels = x.shape
     width = weight.shape[1]
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -346,18 +399,16 @@ def backward(
         dstates = absent if dinitial is None else _unchanged(dinitial, dfinal)
         return dx, dweight.zero_(), absent if dbias is None else dbias.zero_(), dstates
     states = (0, 0, 0) if initial_states is None else initial_states.stride()
+    dstates = (0, 0, 0) if dfinal is None else dfinal.stride()
+    present = (silu, bias is not None, initial_states is not None, dfinal is not None)
     with _triton.on_device(x):
-        cut = _Cut(x, dy, TILES[1])
-        partial = torch.empty(
-            (batch * cut.segments, width + (bias is not None), channels), dtype=torch.float32, device=x.device
-        )
+        cut = _cut(x.shape, x.stride(), dy.stride(), TILES[1], _triton.multiprocessors(x.device))
+        lanes = width + (bias is not None)
+        partial = torch.empty((batch * cut.segments, lanes, channels), dtype=torch.float32, device=x.device)
         _backward(
             cut.grid, (dy, x, weight, bias, initial_states, cu_seqlens, dfinal, dx, dinitial, partial),
-            (*cut.strides(x), *weight.stride(), *states, *cut.strides(dy),
-             *((0, 0, 0) if dfinal is None else dfinal.stride()), seqlen, channels // cut.align, nseq, cut.segment,
-             cut.segments),
-            (width, cut.block, cut.rows, cut.align, cut.adjacent, silu, bias is not None, initial_states is not None,
-             dfinal is not None, cu_seqlens is not None), cut.warps,
+            (*cut.strides(x), *weight.stride(), *states, *cut.strides(dy), *dstates, *cut.sizes(x, nseq)),
+            (width, *cut.constants, *present, cu_seqlens is not None), cut.warps,
         )  # fmt: skip
         sum_partials(partial, dweight, dbias)
     dstates = absent if dinitial is None else dinitial.transpose(1, 2)
@@ -371,23 +422,42 @@ def _unchanged(states: Tensor, before: Tensor | None) -> Tensor:
     return states.transpose(1, 2).copy_(before)
 
 
+@dataclass(frozen=True, slots=True)
 class _Cut:
-    """How a call is cut into programs, and what the kernels may assume of its addresses."""
+    """How a call is cut into programs.
 
-    __slots__ = ("adjacent", "align", "block", "grid", "rows", "segment", "segments", "warps")
+    Attributes:
+        grid, warps: of the launch.
+        segment, segments: tokens a segment, segments a row.
+        align: elements that all strides are multiples of.
+        constants: channels and rows of a program, `align`, and whether channels are adjacent in memory.
+    """
 
-    def __init__(self, x: Tensor, other: Tensor, tile: tuple[int, int, int]):
-        batch, seqlen, channels = x.shape
-        (x_b, x_l, x_c), (o_b, o_l, o_c) = x.stride(), other.stride()
-        self.block, self.warps, self.rows = tile
-        self.adjacent = x_c == 1 and o_c == 1
-        self.align = row_alignment(channels, x_b, x_l, o_b, o_l) if self.adjacent else 1
-        blocks = triton.cdiv(channels, self.block)
-        wanted = OCCUPANCY * _triton.multiprocessors(x.device)
-        segments = min(triton.cdiv(wanted, blocks * batch), triton.cdiv(seqlen, SHORTEST_SEGMENT))
-        self.segment = triton.cdiv(triton.cdiv(seqlen, segments), self.rows) * self.rows
-        self.segments = triton.cdiv(seqlen, self.segment)
-        self.grid = (blocks * self.segments * batch, 1, 1)
+    grid: tuple[int, int, int]
+    warps: int
+    segment: int
+    segments: int
+    align: int
+    constants: tuple[int, int, int, bool]
 
     def strides(self, t: Tensor) -> tuple[int, int, int]:
-        return t.stride(0) // self.align, t.stride(1) // self.align, t.stride(2)
+        batch, time, channel = t.stride()
+        return batch // self.align, time // self.align, channel
+
+    def sizes(self, x: Tensor, nseq: int) -> tuple[int, ...]:
+        return x.shape[1], x.shape[2] // self.align, nseq, self.segment, self.segments
+
+
+@lru_cache(maxsize=1024)
+def _cut(
+    shape: tuple[int, ...], x: tuple[int, ...], other: tuple[int, ...], tile: tuple[int, int, int], processors: int
+) -> _Cut:
+    """For tensors of one shape and of the strides `x` and `other`."""
+    (batch, seqlen, channels), (block, warps, rows) = shape, tile
+    adjacent = x[2] == 1 and other[2] == 1
+    align = row_alignment(channels, *x[:2], *other[:2]) if adjacent else 1
+    blocks = -(-channels // block)
+    segments = min(-(-OCCUPANCY * processors // (blocks * batch)), -(-seqlen // SHORTEST_SEGMENT))
+    segment = -(-seqlen // (segments * rows)) * rows
+    segments = -(-seqlen // segment)
+    return _Cut((blocks * segments * batch, 1, 1), warps, segment, segments, align, (block, rows, align, adjacent))

@@ -18,26 +18,27 @@ from torch import Tensor
 
 from dualscan.ops import _triton
 from dualscan.ops._launch import Launcher, row_alignment
-from dualscan.ops.triton_sums import sum_partials
+from dualscan.ops.triton_common import sigmoid, silu_slope, sum_partials
 
 # Elements of a tile and of a thread: (forward, backward); and the backward's warps on a multiprocessor.
 TILE = (2048, 1024)
 THREAD = (40, 20)
 RESIDENT_WARPS = 16
-# Loads of the next rows that the backward has on the way.
-STAGES = 1
 MOST_CHUNKS = 8
 # A gate: none, before the norm, after it.
 PLAIN, GATE_FIRST, GATE_LAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def load_group(source, place, inside, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr):
+def load_group(
+    source, place, inside, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, POLICY: tl.constexpr
+):
     """The tiles of a group of `GROUP` channels; `place` points at (ROWS, CHUNK) elements of the first."""
     tiles = ()
     for i in tl.static_range(CHUNKS):
         c = i * CHUNK + tl.arange(0, CHUNK)[None, :]
-        tiles = tiles + (tl.load(source + place + i * CHUNK, mask=inside & (c < GROUP), other=0.0),)
+        tile = tl.load(source + place + i * CHUNK, mask=inside & (c < GROUP), other=0.0, eviction_policy=POLICY)
+        tiles = tiles + (tile,)
     return tiles
 
 
@@ -51,16 +52,16 @@ def forward_kernel(
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     c = tl.arange(0, CHUNK)[None, :]
     column, inside = tl.program_id(1) * GROUP + c, r < rows
-    us = load_group(x, r * (x_row * ALIGN) + column, inside, CHUNK, CHUNKS, GROUP)
+    us = load_group(x, r * (x_row * ALIGN) + column, inside, CHUNK, CHUNKS, GROUP, "")
     if GATE != PLAIN:
-        zs = load_group(z, r * (z_row * ALIGN) + column, inside, CHUNK, CHUNKS, GROUP)
+        zs = load_group(z, r * (z_row * ALIGN) + column, inside, CHUNK, CHUNKS, GROUP, "")
     squares = tl.zeros([ROWS], tl.float32)
     normed = ()
     for i in tl.static_range(CHUNKS):
         u = us[i].to(tl.float32)
         if GATE == GATE_FIRST:
             gate = zs[i].to(tl.float32)
-            u *= gate * tl.sigmoid(gate)
+            u *= gate * sigmoid(gate)
         normed = normed + (u,)
         squares += tl.sum(u * u, 1)
     inverse = tl.rsqrt(squares / GROUP + eps)[:, None]
@@ -69,7 +70,7 @@ def forward_kernel(
         out = normed[i] * inverse * tl.load(weight + column + i * CHUNK, mask=live, other=0.0).to(tl.float32)
         if GATE == GATE_LAST:
             gate = zs[i].to(tl.float32)
-            out *= gate * tl.sigmoid(gate)
+            out *= gate * sigmoid(gate)
         place = y + r.to(tl.int64) * (width * ALIGN) + column + i * CHUNK
         tl.store(place, out.to(y.dtype.element_ty), mask=inside & live)
 
@@ -79,7 +80,7 @@ def backward_kernel(
     dy, x, z, weight, dx, dz, partial,
     dy_row: tl.int64, x_row: tl.int64, z_row: tl.int64, rows: tl.int32, width: tl.int32, eps: tl.float32,
     GATE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    ALIGN: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Grid `(programs, groups)`; `partial` is (programs, 1, width) float32. Strides and width count in ALIGN."""
     c = tl.arange(0, CHUNK)[None, :]
@@ -87,51 +88,61 @@ def backward_kernel(
     dweight = ()
     for _ in tl.static_range(CHUNKS):
         dweight = dweight + (tl.zeros([ROWS, CHUNK], tl.float32),)
-    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         r = (first + tl.arange(0, ROWS))[:, None]
         inside = r < rows
-        xs = load_group(x, r * (x_row * ALIGN) + column, inside, CHUNK, CHUNKS, GROUP)
-        dys = load_group(dy, r * (dy_row * ALIGN) + column, inside, CHUNK, CHUNKS, GROUP)
+        x_place, dy_place, z_place = r * (x_row * ALIGN), r * (dy_row * ALIGN), r * (z_row * ALIGN)
+        xs = load_group(x, x_place + column, inside, CHUNK, CHUNKS, GROUP, "evict_last")
+        dys = load_group(dy, dy_place + column, inside, CHUNK, CHUNKS, GROUP, "evict_last")
         if GATE != PLAIN:
-            zs = load_group(z, r * (z_row * ALIGN) + column, inside, CHUNK, CHUNKS, GROUP)
+            zs = load_group(z, z_place + column, inside, CHUNK, CHUNKS, GROUP, "evict_last")
         squares, products = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-        us, hs = (), ()
         for i in tl.static_range(CHUNKS):
-            u = xs[i].to(tl.float32)
-            h = dys[i].to(tl.float32)
+            u, h = xs[i].to(tl.float32), dys[i].to(tl.float32)
             h *= tl.load(weight + column + i * CHUNK, mask=i * CHUNK + c < GROUP, other=0.0).to(tl.float32)
             if GATE != PLAIN:
-                value = zs[i].to(tl.float32)
-                gate = value * tl.sigmoid(value)
+                gate = zs[i].to(tl.float32)
+                gate *= sigmoid(gate)
                 if GATE == GATE_FIRST:
                     u *= gate
                 else:
                     h *= gate
-            us, hs = us + (u,), hs + (h,)
             squares += tl.sum(u * u, 1)
             products += tl.sum(h * u, 1)
         inverse = tl.rsqrt(squares / GROUP + eps)
         share = (products / GROUP * inverse * inverse * inverse)[:, None]
         inverse = inverse[:, None]
+        # Loaded again, from the nearest cache: what the registers do not hold lets more rows be under way. The other
+        # policy keeps the compiler from taking the first loads' values after all.
+        xs = load_group(x, x_place + column, inside, CHUNK, CHUNKS, GROUP, "evict_first")
+        dys = load_group(dy, dy_place + column, inside, CHUNK, CHUNKS, GROUP, "evict_first")
+        if GATE != PLAIN:
+            zs = load_group(z, z_place + column, inside, CHUNK, CHUNKS, GROUP, "evict_first")
         sums = ()
         for i in tl.static_range(CHUNKS):
             live = inside & (i * CHUNK + c < GROUP)
             place = r.to(tl.int64) * (width * ALIGN) + column + i * CHUNK
-            outer, normed = dys[i].to(tl.float32), us[i] * inverse
-            du = hs[i] * inverse - us[i] * share
-            if GATE != PLAIN:
+            factor = tl.load(weight + column + i * CHUNK, mask=i * CHUNK + c < GROUP, other=0.0).to(tl.float32)
+            u, outer = xs[i].to(tl.float32), dys[i].to(tl.float32)
+            if GATE == PLAIN:
+                normed = u * inverse
+                dx_out = outer * factor * inverse - u * share
+            else:
                 value = zs[i].to(tl.float32)
-                open_ = tl.sigmoid(value)
-                gate, slope = value * open_, open_ + value * open_ * (1.0 - open_)
+                opened = sigmoid(value)
+                gate, slope = value * opened, silu_slope(value, opened)
                 if GATE == GATE_FIRST:
-                    dgate = du * xs[i].to(tl.float32)
-                    du *= gate
+                    gated = u * gate
+                    normed = gated * inverse
+                    du = outer * factor * inverse - gated * share
+                    dz_out, dx_out = du * u * slope, du * gate
                 else:
-                    factor = tl.load(weight + column + i * CHUNK, mask=i * CHUNK + c < GROUP, other=0.0)
-                    dgate = outer * normed * factor.to(tl.float32)
+                    normed = u * inverse
+                    h = outer * factor
+                    dz_out, dx_out = h * normed * slope, h * gate * inverse - u * share
                     outer *= gate
-                tl.store(dz + place, (dgate * slope).to(dz.dtype.element_ty), mask=live)
-            tl.store(dx + place, du.to(dx.dtype.element_ty), mask=live)
+                tl.store(dz + place, dz_out.to(dz.dtype.element_ty), mask=live)
+            tl.store(dx + place, dx_out.to(dx.dtype.element_ty), mask=live)
             sums = sums + (dweight[i] + outer * normed,)
         dweight = sums
     for i in tl.static_range(CHUNKS):
@@ -168,7 +179,7 @@ def forward(x: Tensor, z: Tensor | None, weight: Tensor, group_size: int, norm_b
     height, chunk, chunks, warps = tiles(group_size, False)
     with _triton.on_device(x):
         _forward(
-            (triton.cdiv(rows, height), width // group_size, 1), (x, z, weight.contiguous(), y),
+            (-(-rows // height), width // group_size, 1), (x, z, weight.contiguous(), y),
             (x.stride(0) // align, z_row // align, rows, width // align, eps),
             (gate, group_size, height, chunk, chunks, align), warps,
         )  # fmt: skip
@@ -191,14 +202,14 @@ def backward(
     gate = 0 if z is None else 1 + norm_before_gate
     height, chunk, chunks, warps = tiles(group_size, True)
     groups = width // group_size
-    wanted = triton.cdiv(_triton.multiprocessors(x.device) * RESIDENT_WARPS, warps * groups)
-    programs = min(triton.cdiv(rows, height), wanted)
+    wanted = -(-_triton.multiprocessors(x.device) * RESIDENT_WARPS // (warps * groups))
+    programs = min(-(-rows // height), wanted)
     with _triton.on_device(x):
         partial = torch.empty((programs, 1, width), dtype=torch.float32, device=x.device)
         _backward(
             (programs, groups, 1), (dy, x, z, weight.contiguous(), dx, dz, partial),
             (dy.stride(0) // align, x.stride(0) // align, z_row // align, rows, width // align, eps),
-            (gate, group_size, height, chunk, chunks, align, STAGES), warps,
+            (gate, group_size, height, chunk, chunks, align), warps,
         )  # fmt: skip
         sum_partials(partial, None, dweight)
     return dx, x.new_empty(0) if dz is None else dz, dweight
