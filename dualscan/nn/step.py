@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualscan.nn.precision import project
+from dualscan.ops import decode
 
 if TYPE_CHECKING:
     from dualscan.nn.mamba2 import Mamba2
@@ -29,6 +30,29 @@ def mamba2_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[
     Returns:
         y `(batch, 1, d_model)` and the next conv and ssm states; the given ones are not modified.
     """
+    parameters = decode.Parameters(
+        mixer.in_proj.weight,
+        mixer.in_proj.bias,
+        mixer.conv1d.weight,
+        mixer.conv1d.bias,
+        mixer.A_log,
+        mixer.dt_bias,
+        mixer.D,
+        mixer.norm.weight,
+        mixer.out_proj.weight,
+        mixer.out_proj.bias,
+    )
+    if decode.supports(u[:, 0], conv, ssm, parameters):
+        norm = mixer.norm
+        norm_groups = mixer.d_inner // (norm.group_size or mixer.d_inner)
+        sizes = decode.Sizes(mixer.ngroups, norm_groups, norm.norm_before_gate, norm.eps, mixer.dt_limit)
+        y, *states = decode.mamba2_step(u[:, 0], conv, ssm, parameters, sizes)
+        return y.unsqueeze(1), *states
+    return _portable_step(mixer, u, conv, ssm)
+
+
+def _portable_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in PyTorch operations: the specification of the kernel."""
     batch, groups = u.shape[0], u.shape[0] * mixer.ngroups
     zxbcdt = project(u[:, 0], mixer.in_proj.weight, mixer.in_proj.bias)
     z, xBC, dt = zxbcdt.split([mixer.d_inner, mixer.conv1d.in_channels, mixer.nheads], dim=-1)

@@ -22,7 +22,7 @@ from dualscan.train.checkpoint import TrainState
 from dualscan.train.config import TrainConfig, to_json
 from dualscan.train.evaluate import Evaluation, evaluate, total_nll
 from dualscan.train.optim import adamw, load_state_tensors, state_tensors
-from dualscan.train.runtime import StopSignals, bar_interval, pick_device, pick_precision
+from dualscan.train.runtime import StopSignals, autocast, bar_interval, pick_device, pick_precision
 from dualscan.train.schedule import StepBudget, lr_factor
 
 logger = logging.getLogger("dualscan.train")
@@ -149,6 +149,7 @@ class Trainer:
         after_step = self.step if self.step else None
         with metrics.MetricsLog(self.config.out / metrics.FILE, after_step=after_step) as log:
             with StopSignals() as signals, self._bar() as bar:
+                self._compile_kernels(bar)
                 while not self.budget.done(self.step) and not signals.requested:
                     self._advance(log, bar)
                 bar.refresh()
@@ -159,6 +160,15 @@ class Trainer:
                 log.write(self.step, tokens=self.tokens, validation_bpb=validation.bits_per_byte, final=True)
         self._draw()
         return TrainResult(folder, self.step, self.budget.seconds, validation, signals.requested)
+
+    def _compile_kernels(self, bar: tqdm) -> None:
+        """A small step that changes nothing: kernels are compiled on their first call, which is no training time."""
+        bar.set_postfix_str("compiling kernels", True)
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        with autocast(self.device, self.precision):
+            loss = self.model.loss(tokens, tokens)
+        loss.backward()
+        self.optimizer.zero_grad()
 
     def _advance(self, log: metrics.MetricsLog, bar: tqdm) -> None:
         """One step with its records, and the evaluation and the checkpoint that are due after it."""

@@ -1,4 +1,7 @@
-"""The lean one-token step equals the step through the operators, which the other tests compare with everything else."""
+"""The lean one-token step, as a kernel and as PyTorch operations, equals the step through the operators.
+
+The other tests compare the operators with everything else.
+"""
 
 import math
 
@@ -6,6 +9,7 @@ import pytest
 import torch
 
 from dualscan.nn.mamba2 import Mamba2, Mamba2State
+from dualscan.ops.decode import MOST_ROWS
 from tests.oracle import assert_close
 
 VARIANTS = {
@@ -20,7 +24,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, MOST_ROWS + 1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lean_step_equals_operators(variant: str, dtype: torch.dtype, batch: int) -> None:

@@ -46,20 +46,23 @@ def _no_thread_number() -> int:
     return 0
 
 
-# Compiled kernels refer to the two functions by name, so that their machine code can be kept on disk.
-for _name in ("omp_get_thread_num", "omp_get_num_threads"):
+# Compiled kernels refer to these functions by name, so that their machine code can be kept on disk.
+for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
     _function = _no_thread_number if _OPENMP is None else getattr(_OPENMP, _name)
     llvm.add_symbol(_name, ctypes.cast(_function, ctypes.c_void_p).value)
 
 
-def launch(address: int, arguments: Sequence[Tensor | int | None], workers: int) -> None:
+def launch(address: int, arguments: Sequence[Tensor | int | None], workers: int, meet: bool = False) -> None:
     """Runs the kernel at `address` on `workers` threads and waits for it.
 
     Args:
         address: of the compiled function.
         arguments: tensors are passed as their address, None as 0.
         workers: threads.
+        meet: whether the workers wait for one another on the way, which takes OpenMP; without it one worker runs.
     """
+    if meet and _OPENMP is None:
+        workers = 1
     values = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
     if _OPENMP is None and workers > 1:
         _run_in_pool(address, values, workers)

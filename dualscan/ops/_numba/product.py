@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from dualscan.ops._numba.vector import at, device_function, intrinsic
+from dualscan.ops._numba.vector import FLOAT, HALF, INT, ZERO, at, device_function, intrinsic, load, store
 
 # A tile of rows x (2 vectors) takes two thirds of the registers: 32 of 16 lanes with AVX-512, else 16 of 8 or 4.
 _WIDE = bool(llvm.get_host_cpu_features().get("avx512f"))
@@ -24,6 +24,11 @@ def padded(size: int) -> int:
     return -(-size // 16) * 16
 
 
+def function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    """An LLVM function by its name."""
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
+
+
 def _tile(vectors: int) -> Any:
     """A tile of TILE_ROWS x (vectors * LANES): `c = a b` or, with `add`, `c += a b` over `depth`."""
 
@@ -33,11 +38,9 @@ def _tile(vectors: int) -> Any:
     ):
         def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             c, ldc, a, a_row, a_step, b, ldb, depth, add = args
-            vector = ir.VectorType(ir.FloatType(), LANES)
+            vector = ir.VectorType(FLOAT, LANES)
             wide = ir.IntType(64)
-            fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{LANES}f32"
-            )
+            fma = function(builder, f"llvm.fma.v{LANES}f32", vector, [vector] * 3)
 
             def place(base: Any, offset: Any) -> Any:
                 return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
@@ -81,6 +84,48 @@ def _tile(vectors: int) -> Any:
 
 _wide_tile, _narrow_tile = _tile(2), _tile(1)
 
+# Rows of a matrix that a matrix-vector product reads side by side, each with two vectors of sums.
+DOT_ROWS = 4
+
+
+@intrinsic
+def _dot_tile(_typing, out, w, ldw, x, steps):
+    """`out[r] = sum of w[r, :] x` for DOT_ROWS rows of `2 LANES steps` elements; w float32 or bfloat16."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        out_at, w_at, ldw, x_at, steps = args
+        vector, wide = ir.VectorType(FLOAT, LANES), ir.IntType(64)
+        fma = function(builder, f"llvm.fma.v{LANES}f32", vector, [vector] * 3)
+        add = function(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", FLOAT, [FLOAT, vector])
+        narrow = ir.VectorType(HALF, LANES)
+
+        def read(base: Any, offset: Any, half: bool) -> Any:
+            place = builder.gep(base, [offset])
+            if not half:
+                return builder.load(builder.bitcast(place, vector.as_pointer()), align=4)
+            bits = builder.load(builder.bitcast(place, narrow.as_pointer()), align=2)
+            words = ir.VectorType(INT, LANES)
+            return builder.bitcast(builder.shl(builder.zext(bits, words), ir.Constant(words, [16] * LANES)), vector)
+
+        rows = [builder.gep(w_at, [builder.mul(ldw, wide(r))]) for r in range(DOT_ROWS)]
+        sums = {(r, v): cgutils.alloca_once(builder, vector) for r in range(DOT_ROWS) for v in range(2)}
+        for total in sums.values():
+            builder.store(ir.Constant(vector, [0.0] * LANES), total)
+        with cgutils.for_range(builder, steps) as loop:
+            for v in range(2):
+                offset = builder.add(builder.mul(loop.index, wide(2 * LANES)), wide(v * LANES))
+                right = read(x_at, offset, False)
+                for r in range(DOT_ROWS):
+                    left = read(rows[r], offset, w.dtype == types.uint16)
+                    builder.store(builder.call(fma, (left, right, builder.load(sums[r, v]))), sums[r, v])
+        for r in range(DOT_ROWS):
+            total = builder.fadd(builder.load(sums[r, 0]), builder.load(sums[r, 1]))
+            value = builder.call(add, (ir.Constant(FLOAT, 0.0), total), fastmath=("reassoc",))
+            builder.store(value, builder.gep(out_at, [wide(r)]), align=4)
+        return _context.get_dummy_value()
+
+    return types.void(out, w, types.int64, x, types.int64), generate
+
 
 @device_function
 def row_of_tiles(c, ldc, a, a_row, a_step, b, ldb, columns, depth, add):
@@ -99,3 +144,30 @@ def multiply(c, ldc, a, a_row, a_step, b, ldb, rows, columns, depth, add):
     """`c[rows, columns] (+)= a[rows, depth] b[depth, columns]`; element (i, k) of `a` is at `i a_row + k a_step`."""
     for i in range(0, rows, TILE_ROWS):
         row_of_tiles(at(c, i * ldc), ldc, at(a, i * a_row), a_row, a_step, b, ldb, columns, depth, add)
+
+
+@device_function
+def multiply_vectors(w, bias, has_bias, x, x_stride, count, depth, begin, end, out, out_stride, sums):
+    """`out[b, r] = w[r] . x[b] + bias[r]` for rows `begin` to `end` of a matrix with adjacent columns.
+
+    `w` is read once for all `count` vectors x, which are float32; `sums` has room for DOT_ROWS values.
+    """
+    steps = depth // (2 * LANES)
+    row = begin
+    while row < end:
+        rows = min(DOT_ROWS, end - row)
+        for b in range(count):
+            own = at(x, b * x_stride)
+            if rows == DOT_ROWS:
+                _dot_tile(sums, at(w, row * depth), depth, own, steps)
+                first = steps * 2 * LANES
+            else:
+                first = 0
+            for r in range(rows):
+                total, line = sums[r] if rows == DOT_ROWS else ZERO, at(w, (row + r) * depth)
+                for i in range(first, depth):
+                    total += load(line, i) * own[i]
+                if has_bias:
+                    total += load(bias, row + r)
+                store(out, b * out_stride + row + r, total)
+        row += rows

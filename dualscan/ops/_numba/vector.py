@@ -23,6 +23,8 @@ FLOAT, INT, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 
 _thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 _thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
+# All workers wait here for one another; for kernels that are launched with `meet`.
+barrier = types.ExternalFunction("GOMP_barrier", types.void())
 _ENTRY = types.void(types.CPointer(types.int64))
 
 
@@ -51,8 +53,8 @@ class Kernel:
         assert address is not None
         return address
 
-    def __call__(self, *arguments: Any, workers: int) -> None:
-        launch(self._address, arguments, workers)
+    def __call__(self, *arguments: Any, workers: int, meet: bool = False) -> None:
+        launch(self._address, arguments, workers, meet)
 
 
 @numba.njit(**OPTIONS)
