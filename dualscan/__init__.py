@@ -15,6 +15,7 @@ _PUBLIC = {
     "causal_conv1d": "dualscan.ops.conv1d",
     "rms_norm": "dualscan.ops.norm",
     "gated_rms_norm": "dualscan.ops.norm",
+    "linear_cross_entropy": "dualscan.ops.loss",
     "Mamba2": "dualscan.nn.mamba2",
     "ModelConfig": "dualscan.models.config",
     "LMOutput": "dualscan.models.lm",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dualscan.models.weights import load
     from dualscan.nn.mamba2 import Mamba2
     from dualscan.ops.conv1d import Conv1dOutput, causal_conv1d
+    from dualscan.ops.loss import linear_cross_entropy
     from dualscan.ops.norm import gated_rms_norm, rms_norm
     from dualscan.ops.ssd import SSDOutput, linear_attention, ssd, ssd_step
 
