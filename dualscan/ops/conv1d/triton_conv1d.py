@@ -27,7 +27,7 @@ from dualscan.ops._launch import Launcher, row_alignment
 from dualscan.ops.triton_common import sigmoid, silu_slope, sum_partials
 
 # Channels of a program, warps and rows loaded at once: (forward, backward).
-TILES = ((256, 1, 4), (256, 1, 4))
+TILES = ((128, 1, 8), (64, 1, 8))
 # Programs that a multiprocessor should find, and the fewest tokens worth a segment: each reads `halo` rows twice.
 OCCUPANCY = 32
 SHORTEST_SEGMENT = 32
@@ -91,21 +91,27 @@ def preactivate(taps, shift, window, row, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def convolve_rows(
-    x, y, window, taps, shift, inside, first, high, x_l, y_l,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr, CUT: tl.constexpr,
-):  # fmt: skip
-    """ROWS tokens from `first` on; CUT: those from `high` on do not count. Returns the window after them."""
-    x, y = x + first * x_l, y + first * y_l
+def load_rows(x, first, limit, x_l, inside, ROWS: tl.constexpr):
+    """The rows of ROWS tokens, as they are; zeros from `limit` on."""
+    x += first * x_l
     rows = ()
     for u in tl.static_range(ROWS):
-        live = inside & (first + u < high) if CUT else inside
-        rows = rows + (tl.load(x + u * x_l, mask=live, other=0.0),)
+        rows = rows + (tl.load(x + u * x_l, mask=inside & (first + u < limit), other=0.0),)
+    return rows
+
+
+@triton.jit
+def convolve_rows(
+    rows, y, window, taps, shift, inside, first, high, y_l,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """The results of ROWS tokens from `first` on; CUT: those from `high` on are none. Returns the window after them."""
+    y += first * y_l
     for u in tl.static_range(ROWS):
-        live = inside & (first + u < high) if CUT else inside
         out, window = preactivate(taps, shift, window, rows[u].to(tl.float32), WIDTH)
         if SILU:
             out *= sigmoid(out)
+        live = inside & (first + u < high) if CUT else inside
         tl.store(y + u * y_l, out.to(y.dtype.element_ty), mask=live)
     return window
 
@@ -117,14 +123,18 @@ def convolve(
 ):  # fmt: skip
     """Tokens `[low, high)` of the sequence `[begin, end)`; its final state too, if they are its last."""
     HALO: tl.constexpr = WIDTH - 1
+    rows = load_rows(x, low, high, x_l, inside, ROWS)
     window = ()
     for k in tl.static_range(HALO):
         window = window + (past(x, initial, low - HALO + k, begin, x_l, s_k, inside, HALO, HAS_INITIAL),)
     whole = low + (high - low) // ROWS * ROWS
     for first in range(low, whole, ROWS):
-        window = convolve_rows(x, y, window, taps, shift, inside, first, high, x_l, y_l, WIDTH, ROWS, SILU, False)
+        # The next rows are on their way while these are computed.
+        following = load_rows(x, first + ROWS, high, x_l, inside, ROWS)
+        window = convolve_rows(rows, y, window, taps, shift, inside, first, high, y_l, WIDTH, ROWS, SILU, False)
+        rows = following
     if whole < high:
-        convolve_rows(x, y, window, taps, shift, inside, whole, high, x_l, y_l, WIDTH, ROWS, SILU, True)
+        convolve_rows(rows, y, window, taps, shift, inside, whole, high, y_l, WIDTH, ROWS, SILU, True)
     if high == end:
         for k in tl.static_range(HALO):
             row = past(x, initial, end - HALO + k, begin, x_l, s_k, inside, HALO, HAS_INITIAL)
@@ -173,21 +183,15 @@ def forward_kernel(
 
 @triton.jit
 def differentiate_rows(
-    x, dy, dx, dinitial, dfinal, window, grads, dtaps, dshift, taps, shift, inside, first, low, high, begin, end,
-    x_l, dy_l, dx_l, di_k, df_k,
+    rows, outer, dx, dinitial, dfinal, window, grads, dtaps, dshift, taps, shift, inside, first, low, high, begin, end,
+    dx_l, di_k, df_k,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
     CUT: tl.constexpr,
 ):  # fmt: skip
     """Takes x and dy of tokens from `first` on, and gives dx of those `HALO` before; CUT: some are outside the run."""
     HALO: tl.constexpr = WIDTH - 1
-    x, dy, dx = x + first * x_l, dy + first * dy_l, dx + (first - HALO) * dx_l
-    rows, outer = (), ()
-    # dx of the last tokens needs g of the next HALO, which may belong to the next segment.
+    dx += (first - HALO) * dx_l
     limit = tl.minimum(high + HALO, end)
-    for u in tl.static_range(ROWS):
-        live = inside & (first + u < limit) if CUT else inside
-        rows = rows + (tl.load(x + u * x_l, mask=live, other=0.0),)
-        outer = outer + (tl.load(dy + u * dy_l, mask=live, other=0.0),)
     for u in tl.static_range(ROWS):
         token = first + u
         row, g = rows[u].to(tl.float32), outer[u].to(tl.float32)
@@ -233,6 +237,14 @@ def differentiate(
 ):  # fmt: skip
     """The counterpart of `convolve`: dx of tokens `[low, high)`, their shares of dtaps and dshift, and dinitial."""
     HALO: tl.constexpr = WIDTH - 1
+    # dx of the last tokens needs g of the next HALO, which may belong to the next segment.
+    limit = tl.minimum(high + HALO, end)
+    if WIDTH > 1:
+        head_rows = load_rows(x, low, limit, x_l, inside, HALO)
+        head_outer = load_rows(dy, low, limit, dy_l, inside, HALO)
+    start = low + HALO
+    rows = load_rows(x, start, limit, x_l, inside, ROWS)
+    outer = load_rows(dy, start, limit, dy_l, inside, ROWS)
     window, grads = (), ()
     for k in tl.static_range(HALO):
         window = window + (past(x, initial, low - HALO + k, begin, x_l, s_k, inside, HALO, HAS_INITIAL),)
@@ -240,24 +252,26 @@ def differentiate(
     # Tokens whose dx is another segment's or the initial state's, then those with nothing to mind, then the last.
     if WIDTH > 1:
         window, grads, dtaps, dshift = differentiate_rows(
-            x, dy, dx, dinitial, dfinal, window, grads, dtaps, dshift, taps, shift, inside,
-            low, low, high, begin, end, x_l, dy_l, dx_l, di_k, df_k,
-            WIDTH, HALO, SILU, HAS_INITIAL, HAS_DFINAL, True,
+            head_rows, head_outer, dx, dinitial, dfinal, window, grads, dtaps, dshift, taps, shift, inside,
+            low, low, high, begin, end, dx_l, di_k, df_k, WIDTH, HALO, SILU, HAS_INITIAL, HAS_DFINAL, True,
         )  # fmt: skip
-    start = low + HALO
     whole = start + tl.maximum(high - start, 0) // ROWS * ROWS
     for first in range(start, whole, ROWS):
+        # The next rows are on their way while these are computed.
+        next_rows = load_rows(x, first + ROWS, limit, x_l, inside, ROWS)
+        next_outer = load_rows(dy, first + ROWS, limit, dy_l, inside, ROWS)
         window, grads, dtaps, dshift = differentiate_rows(
-            x, dy, dx, dinitial, dfinal, window, grads, dtaps, dshift, taps, shift, inside,
-            first, low, high, begin, end, x_l, dy_l, dx_l, di_k, df_k,
-            WIDTH, ROWS, SILU, HAS_INITIAL, HAS_DFINAL, False,
+            rows, outer, dx, dinitial, dfinal, window, grads, dtaps, dshift, taps, shift, inside,
+            first, low, high, begin, end, dx_l, di_k, df_k, WIDTH, ROWS, SILU, HAS_INITIAL, HAS_DFINAL, False,
         )  # fmt: skip
+        rows, outer = next_rows, next_outer
     for first in range(whole, high + HALO, ROWS):
         window, grads, dtaps, dshift = differentiate_rows(
-            x, dy, dx, dinitial, dfinal, window, grads, dtaps, dshift, taps, shift, inside,
-            first, low, high, begin, end, x_l, dy_l, dx_l, di_k, df_k,
-            WIDTH, ROWS, SILU, HAS_INITIAL, HAS_DFINAL, True,
+            rows, outer, dx, dinitial, dfinal, window, grads, dtaps, dshift, taps, shift, inside,
+            first, low, high, begin, end, dx_l, di_k, df_k, WIDTH, ROWS, SILU, HAS_INITIAL, HAS_DFINAL, True,
         )  # fmt: skip
+        rows = load_rows(x, first + ROWS, limit, x_l, inside, ROWS)
+        outer = load_rows(dy, first + ROWS, limit, dy_l, inside, ROWS)
     return dtaps, dshift
 
 
@@ -370,7 +384,7 @@ def forward(
                 (x.stride(0), x.stride(2), *weight.stride(), *states, channels), (width, STEP_BLOCK, *present), 4,
             )  # fmt: skip
         else:
-            cut = _cut(x.shape, x.stride(), x.stride(), TILES[0], _triton.multiprocessors(x.device))
+            cut = _cut(x.shape, x.stride(), x.stride(), TILES[0], OCCUPANCY * _triton.multiprocessors(x.device))
             _forward(
                 cut.grid, (x, weight, bias, initial_states, cu_seqlens, y, final),
                 (*cut.strides(x), *weight.stride(), *states, *cut.sizes(x, nseq)),
@@ -402,7 +416,7 @@ def backward(
     dstates = (0, 0, 0) if dfinal is None else dfinal.stride()
     present = (silu, bias is not None, initial_states is not None, dfinal is not None)
     with _triton.on_device(x):
-        cut = _cut(x.shape, x.stride(), dy.stride(), TILES[1], _triton.multiprocessors(x.device))
+        cut = _cut(x.shape, x.stride(), dy.stride(), TILES[1], OCCUPANCY * _triton.multiprocessors(x.device))
         lanes = width + (bias is not None)
         partial = torch.empty((batch * cut.segments, lanes, channels), dtype=torch.float32, device=x.device)
         _backward(
@@ -450,14 +464,14 @@ class _Cut:
 
 @lru_cache(maxsize=1024)
 def _cut(
-    shape: tuple[int, ...], x: tuple[int, ...], other: tuple[int, ...], tile: tuple[int, int, int], processors: int
+    shape: tuple[int, ...], x: tuple[int, ...], other: tuple[int, ...], tile: tuple[int, int, int], wanted: int
 ) -> _Cut:
-    """For tensors of one shape and of the strides `x` and `other`."""
+    """For tensors of one shape and of the strides `x` and `other`, into about `wanted` programs."""
     (batch, seqlen, channels), (block, warps, rows) = shape, tile
     adjacent = x[2] == 1 and other[2] == 1
     align = row_alignment(channels, *x[:2], *other[:2]) if adjacent else 1
     blocks = -(-channels // block)
-    segments = min(-(-OCCUPANCY * processors // (blocks * batch)), -(-seqlen // SHORTEST_SEGMENT))
+    segments = min(-(-wanted // (blocks * batch)), -(-seqlen // SHORTEST_SEGMENT))
     segment = -(-seqlen // (segments * rows)) * rows
     segments = -(-seqlen // segment)
     return _Cut((blocks * segments * batch, 1, 1), warps, segment, segments, align, (block, rows, align, adjacent))

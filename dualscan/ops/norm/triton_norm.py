@@ -55,7 +55,7 @@ def forward_kernel(
     us = load_group(x, r * (x_row * ALIGN) + column, inside, CHUNK, CHUNKS, GROUP, "")
     if GATE != PLAIN:
         zs = load_group(z, r * (z_row * ALIGN) + column, inside, CHUNK, CHUNKS, GROUP, "")
-    squares = tl.zeros([ROWS], tl.float32)
+    squares = tl.zeros([ROWS, CHUNK], tl.float32)
     normed = ()
     for i in tl.static_range(CHUNKS):
         u = us[i].to(tl.float32)
@@ -63,8 +63,8 @@ def forward_kernel(
             gate = zs[i].to(tl.float32)
             u *= gate * sigmoid(gate)
         normed = normed + (u,)
-        squares += tl.sum(u * u, 1)
-    inverse = tl.rsqrt(squares / GROUP + eps)[:, None]
+        squares += u * u
+    inverse = tl.rsqrt(tl.sum(squares, 1) / GROUP + eps)[:, None]
     for i in tl.static_range(CHUNKS):
         live = i * CHUNK + c < GROUP
         out = normed[i] * inverse * tl.load(weight + column + i * CHUNK, mask=live, other=0.0).to(tl.float32)
@@ -96,7 +96,7 @@ def backward_kernel(
         dys = load_group(dy, dy_place + column, inside, CHUNK, CHUNKS, GROUP, "evict_last")
         if GATE != PLAIN:
             zs = load_group(z, z_place + column, inside, CHUNK, CHUNKS, GROUP, "evict_last")
-        squares, products = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+        squares, products = tl.zeros([ROWS, CHUNK], tl.float32), tl.zeros([ROWS, CHUNK], tl.float32)
         for i in tl.static_range(CHUNKS):
             u, h = xs[i].to(tl.float32), dys[i].to(tl.float32)
             h *= tl.load(weight + column + i * CHUNK, mask=i * CHUNK + c < GROUP, other=0.0).to(tl.float32)
@@ -107,10 +107,10 @@ def backward_kernel(
                     u *= gate
                 else:
                     h *= gate
-            squares += tl.sum(u * u, 1)
-            products += tl.sum(h * u, 1)
-        inverse = tl.rsqrt(squares / GROUP + eps)
-        share = (products / GROUP * inverse * inverse * inverse)[:, None]
+            squares += u * u
+            products += h * u
+        inverse = tl.rsqrt(tl.sum(squares, 1) / GROUP + eps)
+        share = (tl.sum(products, 1) / GROUP * inverse * inverse * inverse)[:, None]
         inverse = inverse[:, None]
         # Loaded again, from the nearest cache: what the registers do not hold lets more rows be under way. The other
         # policy keeps the compiler from taking the first loads' values after all.

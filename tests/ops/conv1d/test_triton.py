@@ -100,7 +100,8 @@ def test_strides_do_not_matter(layout: Any, seqlen: int):
     p = replace(p, dy=layout(p.dy), dfinal=layout(p.dfinal))
     straight = evaluate(lambda q: q(impl="triton"), p.map(torch.clone).map(Tensor.contiguous))
     for name, value in evaluate(lambda q: q(impl="triton"), p).items():
-        assert torch.equal(value, straight[name]), name
+        # Compiled for other strides, sums may round differently.
+        assert_close(name, value, straight[name].double(), dtype=torch.float32, gradient=name.startswith("d"))
 
 
 @pytest.mark.parametrize("seqlen", [1, 30])

@@ -58,7 +58,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             x, z, weight = ctx.saved_tensors
-            dx, dz, dweight = triton_norm.backward(*grads, x, z, weight, *ctx.options)
+            dx, dz, dweight = triton_norm.backward(grads[0], x, z, weight, *ctx.options)
             return dx, None if z is None else dz, dweight, None, None, None
 
     monkeypatch.setattr("dualscan.ops.norm.rms_norm_fwd", Kernel.apply)
