@@ -1,0 +1,68 @@
+"""Job `norm`: RMSNorm of the float32 residual stream and the gated RMSNorm on a GPU, against PyTorch and mamba_ssm.
+
+`dualscan bench norm --save`. The floor is every input read and the result written at copy bandwidth; with gradients,
+also every input and dy read and the gradients written. mamba_ssm is compared where it is installed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import block
+from benchmarks.ops.ssd import rival
+from dualscan.ops.norm import gated_rms_norm, rms_norm
+
+# rows, channels, columns of the projection that the gate is the first of (0: no gate)
+SHAPES = {
+    "gated d2560 8x2048": (8 * 2048, 5120, 10576),
+    "plain d2560 8x2048": (8 * 2048, 2560, 0),
+    "gated d768 16x1024": (16 * 1024, 1536, 3352),
+    "plain d768 16x1024": (16 * 1024, 768, 0),
+}
+
+
+def inputs(rows: int, channels: int, columns: int) -> block.Inputs:
+    """bfloat16 with a gate, float32 without, and a float32 weight."""
+    dtype = torch.bfloat16 if columns else torch.float32
+    leaves = {"x": torch.randn(rows, channels, device="cuda").to(dtype), "weight": torch.randn(channels, device="cuda")}
+    if columns:
+        leaves["z"] = torch.randn(rows, columns, device="cuda").to(dtype)[:, :channels]
+    dy = torch.randn(rows, channels, device="cuda").to(dtype)
+    return {name: v.requires_grad_() for name, v in leaves.items()} | {"dy": dy}
+
+
+def ours(t: block.Inputs) -> Tensor:
+    """This library's."""
+    return gated_rms_norm(t["x"], t["z"], t["weight"]) if "z" in t else rms_norm(t["x"], t["weight"])
+
+
+def pytorch(t: block.Inputs) -> Tensor:
+    """PyTorch's operators."""
+    x = t["x"] * F.silu(t["z"]) if "z" in t else t["x"]
+    return F.rms_norm(x, t["weight"].shape, t["weight"].to(x.dtype), 1e-5)
+
+
+def mamba_ssm(t: block.Inputs) -> Tensor:
+    """mamba_ssm's Triton kernel."""
+    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+
+    return rmsnorm_fn(t["x"], t["weight"], None, z=t.get("z"), eps=1e-5, norm_before_gate=False)
+
+
+def measure(shape: str, repeats: int, ceiling: tuple[float, float]) -> list[dict[str, Any]]:
+    """Every pass of one shape."""
+    rows, channels, columns = SHAPES[shape]
+    runs = {"dualscan": ours, "torch": pytorch} | ({} if rival() is None else {"mamba_ssm": mamba_ssm})
+    error = block.errors(runs, pytorch, inputs(512, channels, columns))
+    once = 1e3 * rows * channels * (2 if columns else 4) / ceiling[0]
+    floors = {"fwd": 3 * once, "fwdbwd": 8 * once} if columns else {"fwd": 2 * once, "fwdbwd": 5 * once}
+    t = inputs(rows, channels, columns)
+    return block.passes("norm", shape, runs, t, floors, error=error, repeats=repeats)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job."""
+    return block.main("norm", measure, list(SHAPES), argv)
