@@ -1,13 +1,17 @@
-"""Job `ssd`: the SSD operator on a GPU against `mamba_ssm` and causal attention of the same width.
+"""Job `ssd`: the SSD operator on a GPU against `mamba_ssm`, `fla` and causal attention of the same width.
 
 Per shape and pass: kernel time (CUDA graphs, in turns in one process), call time, the time that the bytes and the FLOPs
 alone would take at the ceilings measured in the same run, peak memory, and the error against float64 beside the
-rival's. mamba_ssm is compared where it is installed; its CUDA extensions are not needed. `dualscan bench ssd --save`.
+rival's. Rivals are compared where they are installed; mamba_ssm's CUDA extensions are not needed. Ratios are given only
+if the operator's tests pass on the device first. `dualscan bench ssd --save`.
 """
 
 import argparse
 import importlib.util
+import os
+import subprocess
 import sys
+import tempfile
 import types
 from collections.abc import Callable
 from functools import cache, partial
@@ -20,6 +24,7 @@ from torch import Tensor
 
 from benchmarks import common
 from dualscan.ops.ssd import library, ssd
+from dualscan.ops.varlen import sequence_index
 
 JOB = "ssd"
 # batch, seqlen, nheads, headdim, ngroups, d_state
@@ -27,18 +32,25 @@ SHAPES = {
     "2.7b 8x2048": (8, 2048, 80, 64, 1, 128),
     "2.7b 1x16384": (1, 16384, 80, 64, 1, 128),
     "2.7b 1x131072": (1, 131072, 80, 64, 1, 128),
+    "2.7b packed 16384": (1, 16384, 80, 64, 1, 128),
     "130m 16x1024": (16, 1024, 24, 64, 1, 128),
     "130m 1x4096": (1, 4096, 24, 64, 1, 128),
+    "130m packed 16384": (1, 16384, 24, 64, 1, 128),
     "H128 G8 4x4096": (4, 4096, 128, 64, 8, 128),
     "H64 N64 8x2048": (8, 2048, 64, 64, 1, 64),
     "H64 N256 8x2048": (8, 2048, 64, 64, 1, 256),
 }
 DECODE_BATCHES = (1, 16, 128, 512)
+# Lengths of packed documents, repeated until the batch is full.
+DOCUMENTS = (1731, 64, 517, 3, 902, 1, 2900, 333, 1200, 77)
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias")
+ROOT = Path(__file__).parent.parent.parent
 Inputs = dict[str, Tensor]
 
 
-def inputs(batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int, d_state: int) -> Inputs:
+def inputs(
+    batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int, d_state: int, packed: bool = False
+) -> Inputs:
     """A layer's inputs: bfloat16, with float32 A, D and dt_bias, as training has them."""
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -54,32 +66,41 @@ def inputs(batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int, d_s
         "D": torch.ones(nheads, device="cuda"),
         "dt_bias": torch.zeros(nheads, device="cuda"),
     }
-    return {name: t.requires_grad_() for name, t in tensors.items()} | {
-        "dy": normal(batch, seqlen, nheads, headdim).bfloat16()
-    }
+    result = {name: t.requires_grad_() for name, t in tensors.items()}
+    result["dy"] = normal(batch, seqlen, nheads, headdim).bfloat16()
+    if packed:
+        bounds = [0]
+        while bounds[-1] < seqlen:
+            bounds.append(min(seqlen, bounds[-1] + DOCUMENTS[(len(bounds) - 1) % len(DOCUMENTS)]))
+        result["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+        result["seq_idx"] = sequence_index(result["cu_seqlens"], seqlen)[None].int()
+    return result
 
 
 def ours(t: Inputs, **options: Any) -> Tensor:
     """This library's forward."""
-    return ssd(**{name: t[name] for name in NAMES}, dt_softplus=True, **options).y
+    return ssd(**{name: t[name] for name in NAMES}, cu_seqlens=t.get("cu_seqlens"), dt_softplus=True, **options).y
 
 
 @cache
-def rival() -> Callable[[Inputs], Tensor] | None:
-    """mamba_ssm's forward at its usual chunk size, or None. Its package's `__init__` would want the CUDA extensions."""
+def rival_package() -> bool:
+    """Whether mamba_ssm can be imported. Its package's `__init__` would want the CUDA extensions."""
     found = importlib.util.find_spec("mamba_ssm")
     if found is None or found.origin is None:
-        return None
+        return False
     package = types.ModuleType("mamba_ssm")
     package.__path__ = [str(Path(found.origin).parent)]
     sys.modules["mamba_ssm"] = package
+    return True
+
+
+def rival(t: Inputs) -> Tensor:
+    """mamba_ssm's forward at its usual chunk size."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    def run(t: Inputs) -> Tensor:
-        core = [t[name] for name in ("x", "dt", "A", "B", "C")]
-        return mamba_chunk_scan_combined(*core, 256, D=t["D"], dt_bias=t["dt_bias"], dt_softplus=True)
-
-    return run
+    core = [t[name] for name in ("x", "dt", "A", "B", "C")]
+    options = {"D": t["D"], "dt_bias": t["dt_bias"], "dt_softplus": True, "seq_idx": t.get("seq_idx")}
+    return mamba_chunk_scan_combined(*core, 256, **options)
 
 
 def gradients(run: Callable[[Inputs], Tensor], t: Inputs) -> dict[str, Tensor]:
@@ -89,12 +110,14 @@ def gradients(run: Callable[[Inputs], Tensor], t: Inputs) -> dict[str, Tensor]:
     return {"y": y.detach()} | {f"d{name}": g for name, g in zip(NAMES, grads, strict=True)}
 
 
-def errors(runs: dict[str, Callable[[Inputs], Tensor]], shape: tuple[int, ...]) -> dict[str, dict[str, float]]:
+def errors(
+    runs: dict[str, Callable[[Inputs], Tensor]], shape: tuple[int, ...], packed: bool
+) -> dict[str, dict[str, float]]:
     """Relative RMS errors against float64, on one sequence of at most 2048 tokens and 16 heads of the shape."""
     _, seqlen, nheads, headdim, ngroups, d_state = shape
-    t = inputs(1, min(seqlen, 2048), min(nheads, 16), headdim, min(ngroups, 16), d_state)
-    exact = {name: v.detach().double().requires_grad_() for name, v in t.items()}
-    oracle = gradients(lambda t: ours(t, impl="chunked"), exact)
+    t = inputs(1, min(seqlen, 2048), min(nheads, 16), headdim, min(ngroups, 16), d_state, packed)
+    exact = {name: v.detach().double().requires_grad_() for name, v in t.items() if v.is_floating_point()}
+    oracle = gradients(lambda exact: ours(exact | {k: t[k] for k in t if k not in exact}, impl="chunked"), exact)
     return {
         name: {key: ((g.double() - oracle[key]).norm() / oracle[key].norm()).item() for key, g in got.items()}
         for name, got in ((name, gradients(run, t)) for name, run in runs.items())
@@ -142,24 +165,23 @@ def report(shape: str, pass_: str, name: str, seconds: float, versus: float | No
     entry = common.record(
         JOB, shape, pass_, name, kernel_ms=1e3 * seconds, **ratio, **values, triton=triton.__version__
     )
-    columns = ("shape", "pass", "impl", "kernel_ms", "call_ms", "ratio", "floor_ms", "peak_mib")
+    columns = ("shape", "pass", "impl", "kernel_ms", "call_ms", "ratio", "call_ratio", "floor_ms", "peak_mib")
     print(" | ".join(f"{entry[c]:.4g}" if isinstance(entry.get(c), float) else str(entry.get(c, "")) for c in columns))
     if "error" in values:
         print("    errors", {key: f"{value:.1e}" for key, value in values["error"].items()}, flush=True)
     return entry
 
 
-def sequences(shape: str, repeats: int, ceiling: tuple[float, float]) -> list[dict[str, Any]]:
+def sequences(shape: str, repeats: int, ceiling: tuple[float, float], tested: bool) -> list[dict[str, Any]]:
     """Forward, and forward + backward, of one shape."""
-    other = rival()
-    runs = {"dualscan": ours} | ({} if other is None else {"mamba_ssm": other})
-    sizes = SHAPES[shape]
-    t = inputs(*sizes)
+    runs = {"dualscan": ours} | ({"mamba_ssm": rival} if rival_package() else {})
+    sizes, packed = SHAPES[shape], "packed" in shape
+    t = inputs(*sizes, packed)
     without = {name: v.detach() for name, v in t.items()}
     # The rival tunes itself on the first sizes that it sees: they must be these, not those of the error's check.
     for run in runs.values():
         gradients(run, t)
-    error = errors(runs, sizes)
+    error = errors(runs, sizes, packed)
     records = []
     for pass_ in ("fwd", "fwdbwd"):
         calls: dict[str, Callable[[], object]] = {
@@ -167,13 +189,15 @@ def sequences(shape: str, repeats: int, ceiling: tuple[float, float]) -> list[di
         }
         memory = {name: peak(call) for name, call in calls.items()}
         kernel = common.interleaved_graphs(calls, repeats=repeats, calls=1 if sizes[1] > 2**16 else 2)
-        call = common.interleaved(calls, repeats=repeats)
+        call = common.interleaved(calls, repeats=2 * repeats, warmup=3)
         floor = floors(sizes, pass_, ceiling)
         moved, flops = floor.pop("moved"), floor.pop("flops")
         for name, seconds in kernel.items():
             values = {"gb_per_s": moved / seconds / 1e9, "tflop_per_s": flops / seconds / 1e12, **floor}
             values |= {"call_ms": 1e3 * call[name], "peak_mib": memory[name], "error": error[name]}
-            records.append(report(shape, pass_, name, seconds, kernel.get("mamba_ssm"), **values))
+            if tested and "mamba_ssm" in call:
+                values["call_ratio"] = call["mamba_ssm"] / call[name]
+            records.append(report(shape, pass_, name, seconds, kernel.get("mamba_ssm") if tested else None, **values))
     return records
 
 
@@ -181,18 +205,49 @@ def attention(repeats: int) -> list[dict[str, Any]]:
     """Causal attention of the 2.7b layer's width, 20 heads of 128, through cuDNN and FlashAttention-2."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    q, k, v = torch.randn(3, 8, 20, 2048, 128, device="cuda", dtype=torch.bfloat16).unbind(0)
-
-    def run(backend: SDPBackend) -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
     backends = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
-    times = common.interleaved_graphs({name: partial(run, b) for name, b in backends.items()}, repeats=repeats)
-    return [report("2.7b 8x2048", "fwd", name, seconds, None) for name, seconds in times.items()]
+    records = []
+    for shape, batch, seqlen in (("2.7b 8x2048", 8, 2048), ("2.7b 1x16384", 1, 16384)):
+        q, k, v, dy = torch.randn(4, batch, 20, seqlen, 128, device="cuda", dtype=torch.bfloat16).unbind(0)
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+
+        def forward(backend: SDPBackend, qkv: Any = (q, k, v)) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*qkv, is_causal=True)
+
+        def both(backend: SDPBackend, leaves: Any = leaves, dy: Tensor = dy, forward: Any = forward) -> object:
+            return torch.autograd.grad(forward(backend, leaves), leaves, dy)
+
+        for pass_, run in (("fwd", forward), ("fwdbwd", both)):
+            calls: dict[str, Callable[[], object]] = {name: partial(run, b) for name, b in backends.items()}
+            for call in calls.values():
+                call()
+            times = common.interleaved_graphs(calls, repeats=repeats, calls=1)
+            records += [report(shape, pass_, name, seconds, None) for name, seconds in times.items()]
+    return records
 
 
-def decoding(repeats: int, ceiling: tuple[float, float]) -> list[dict[str, Any]]:
+def simple_gla(repeats: int) -> list[dict[str, Any]]:
+    """fla's kernel for the same recurrence, forward: it wants keys and queries of every head, and dt multiplied in."""
+    if importlib.util.find_spec("fla") is None:
+        return []
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        batch, seqlen, nheads, headdim, _, d_state = SHAPES["2.7b 8x2048"]
+        q, k = torch.randn(2, batch, seqlen, nheads, d_state, device="cuda", dtype=torch.bfloat16).unbind(0)
+        v = torch.randn(batch, seqlen, nheads, headdim, device="cuda", dtype=torch.bfloat16)
+        g = -torch.rand(batch, seqlen, nheads, device="cuda")
+        run = partial(chunk_simple_gla, q, k, v, g, scale=1.0)
+        run()
+        seconds = common.interleaved_graphs({"fla": run}, repeats=repeats, calls=1)["fla"]
+    except Exception as problem:  # a rival that does not run here is a finding, not a failure of the job
+        print("fla simple_gla:", str(problem)[:200])
+        return []
+    return [report("2.7b 8x2048", "fwd", "fla simple_gla", seconds, None)]
+
+
+def decoding(repeats: int, ceiling: tuple[float, float], tested: bool) -> list[dict[str, Any]]:
     """One token of the 2.7b layer, with float32 states and, below the public boundary, bfloat16 ones."""
     records = []
     for batch in DECODE_BATCHES:
@@ -205,14 +260,78 @@ def decoding(repeats: int, ceiling: tuple[float, float]) -> list[dict[str, Any]]
             core = [token[name] for name in ("x", "dt", "A", "B", "C", "D")]
             return library.step_kernel(state, *core, None, token["dt_bias"], True, 0.0, float("inf"))
 
-        calls = {name: partial(run, state) for name, state in states.items()}
-        kernel = common.interleaved_graphs(calls, repeats=repeats, calls=16)
-        call = common.interleaved(calls, repeats=repeats)
-        for name, seconds in kernel.items():
-            floor = 1e3 * 2 * states[name].nbytes / ceiling[0]
-            values = {"call_ms": 1e3 * call[name], "floor_ms": floor}
-            records.append(report(f"2.7b {batch}, {name} state", "step", "dualscan", seconds, None, **values))
+        def other(state: Tensor, token: Inputs = token) -> object:
+            from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+            wide = {name: token[name][..., None].expand(*token[name].shape, 64) for name in ("dt", "D", "dt_bias")}
+            A = token["A"][:, None, None].expand(80, 64, 128)
+            return selective_state_update(
+                state, token["x"], wide["dt"], A, token["B"], token["C"], wide["D"], None, wide["dt_bias"], True
+            )
+
+        for name, state in states.items():
+            calls: dict[str, Callable[[], object]] = {"dualscan": partial(run, state)}
+            if rival_package():
+                calls["mamba_ssm"] = partial(other, state.clone())
+            for call in calls.values():
+                call()
+            kernel = common.interleaved_graphs(calls, repeats=repeats, calls=16)
+            call_times = common.interleaved(calls, repeats=2 * repeats, warmup=3)
+            floor = 1e3 * 2 * state.nbytes / ceiling[0]
+            for impl, seconds in kernel.items():
+                values = {"call_ms": 1e3 * call_times[impl], "floor_ms": floor}
+                versus = kernel.get("mamba_ssm") if tested else None
+                records.append(report(f"2.7b {batch}, {name} state", "step", impl, seconds, versus, **values))
     return records
+
+
+FIRST_CALL = """
+import time, torch
+from benchmarks.ops import ssd as job
+t = job.inputs(*job.SHAPES["2.7b 8x2048"])
+torch.cuda.synchronize()
+start = time.perf_counter()
+job.ours({name: v.detach() for name, v in t.items()})
+torch.cuda.synchronize()
+middle = time.perf_counter()
+job.gradients(job.ours, t)
+torch.cuda.synchronize()
+print(middle - start, time.perf_counter() - middle)
+"""
+
+
+def first_call() -> list[dict[str, Any]]:
+    """Seconds of the first forward, and of the first forward and backward after it, with no compiled kernel at hand."""
+    with tempfile.TemporaryDirectory() as empty:
+        run = subprocess.run(
+            [sys.executable, "-c", FIRST_CALL],
+            env={**os.environ, "TRITON_CACHE_DIR": empty},
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        )
+    records = []
+    for pass_, seconds in zip(("fwd", "fwdbwd"), map(float, run.stdout.split()[-2:]), strict=True):
+        print(f"first call, {pass_}: {seconds:.2f} s")
+        records.append(common.record(JOB, "2.7b 8x2048", f"{pass_} first call", "dualscan", first_call_s=seconds))
+    return records
+
+
+def tests_pass() -> bool:
+    """Whether the operator's tests pass on this device."""
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    files = [f"tests/ops/ssd/{name}.py" for name in ("test_triton", "test_triton_cuda")]
+    quiet = ["-q", "-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *files, *quiet, *workers],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(run.stdout.strip().splitlines()[-1] if run.stdout.strip() else run.stderr[-500:])
+    return run.returncode == 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -220,17 +339,26 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dualscan bench ssd", description=__doc__)
     parser.add_argument("--repeats", type=int, default=15, help="turns of each measurement")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="which shapes")
+    parser.add_argument("--untested", action="store_true", help="skip the tests; no ratios then")
     parser.add_argument("--save", action="store_true", help="write the result file that README and docs are made from")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("the job ssd needs an NVIDIA GPU")
         return 1
+    tested = not args.untested and tests_pass()
     ceiling = ceilings()
     print(f"copy {ceiling[0] / 1e12:.2f} TB/s, bfloat16 product {ceiling[1] / 1e12:.0f} TFLOP/s")
-    records = decoding(args.repeats, ceiling) + attention(args.repeats)
     device = torch.cuda.get_device_name().lower().replace("nvidia ", "").split()[0]
-    for shape in args.shapes:
-        records += sequences(shape, args.repeats, ceiling)
+    parts: list[Callable[[], list[dict[str, Any]]]] = [
+        *(partial(sequences, shape, args.repeats, ceiling, tested) for shape in args.shapes),
+        partial(decoding, args.repeats, ceiling, tested),
+        partial(attention, args.repeats),
+        partial(simple_gla, args.repeats),
+        first_call,
+    ]
+    records: list[dict[str, Any]] = []
+    for part in parts:
+        records += part()
         torch.cuda.empty_cache()
         if args.save:
             common.write(JOB, device, records)

@@ -5,10 +5,12 @@ Triton itself is imported by the kernel modules alone, and those by the launcher
 
 import importlib.util
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +39,15 @@ def obstacle(device: torch.device) -> str | None:
         return "Triton is not installed (pip install triton)"
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < OLDEST_CAPABILITY:
-        return f"compute capability {major}.{minor} is below 8.0 (Ampere)"
+    if capability(device) < OLDEST_CAPABILITY:
+        return "compute capability {}.{} is below 8.0 (Ampere)".format(*capability(device))
     return None
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The GPU's compute capability; (9, 0), which the interpreter imitates, where there is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 @cache
@@ -52,7 +59,7 @@ def multiprocessors(device: torch.device) -> int:
 @cache
 def has_tma(device: torch.device) -> bool:
     """Whether tiles may be loaded by tensor descriptors; the interpreter knows them too."""
-    return interpreted() or torch.cuda.get_device_capability(device) >= TMA_CAPABILITY
+    return interpreted() or capability(device) >= TMA_CAPABILITY
 
 
 def on_device(t: Tensor) -> AbstractContextManager[object]:
@@ -67,7 +74,10 @@ class Plan:
     """The pieces of a batch, as tables on the device, int32.
 
     Attributes:
-        segments: (batch row, first token, end, first chunk, sequence) each: what one sequential program covers.
+        segments: (batch row, first token, end, first chunk, sequence, edges) each: what one sequential program covers.
+            `edges` is 1 for a sequence's first segment, 2 for its last, 3 for the only one, 0 for no segment.
+        before, after: the segments that have one after, and one before: whose states others start from, forward and
+            backward. Packed sequences have all of them in both.
         sequences: (first segment, segments) each.
         chunks: (batch row, first token, end of the sequence) each.
         segment: tokens a segment at most.
@@ -76,6 +86,8 @@ class Plan:
     """
 
     segments: Tensor
+    before: Tensor
+    after: Tensor
     sequences: Tensor
     chunks: Tensor
     segment: int
@@ -89,12 +101,14 @@ def batch_plan(batch: int, seqlen: int, chunk: int, segment: int, device: torch.
     chunks, segments = -(-seqlen // chunk), -(-seqlen // segment)
     row, first = torch.arange(batch)[:, None], torch.arange(segments)[None, :] * segment
     start = first.expand(batch, -1)
-    columns = (row, start, (start + segment).clamp(max=seqlen), row * chunks + start // chunk, row)
-    segment_table = torch.stack([c.expand(batch, segments) for c in columns], -1).reshape(-1, 5)
+    edges = (torch.arange(segments) == 0).int() + 2 * (torch.arange(segments) == segments - 1).int()
+    columns = (row, start, (start + segment).clamp(max=seqlen), row * chunks + start // chunk, row, edges)
+    segment_table = torch.stack([c.expand(batch, segments) for c in columns], -1)
     place = torch.arange(chunks)[None, :] * chunk
     chunk_table = torch.stack([c.expand(batch, chunks) for c in (row, place, torch.tensor(seqlen))], -1).reshape(-1, 3)
     sequences = torch.stack([row[:, 0] * segments, torch.full((batch,), segments)], -1)
-    tables = [t.to(device, torch.int32) for t in (segment_table, sequences, chunk_table)]
+    parts = (segment_table, segment_table[:, :-1], segment_table[:, 1:])
+    tables = [t.to(device, torch.int32) for t in (*(part.reshape(-1, 6) for part in parts), sequences, chunk_table)]
     return Plan(*tables, segment=segment, split=segments > 1, ragged=False)
 
 
@@ -107,25 +121,26 @@ def packed_plan(cu_seqlens: Tensor, seqlen: int, chunk: int, segment: int) -> Pl
     counts = (-(-length // segment)).clamp(min=1)
     segment_start = _starts(counts)
 
-    def pieces(bound: int, starts: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def pieces(bound: int, starts: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         index = torch.arange(bound, device=device)
         owner = torch.searchsorted(starts[1:].contiguous(), index, right=True)
         inside = owner < nseq
         owner = owner.clamp(max=nseq - 1)
         token = start[owner] + (index - starts[owner]) * size
         limit = end[owner]
-        return owner, torch.where(inside, token, limit), limit
+        return owner, torch.where(inside, token, limit), limit, inside
 
     nsegments = nseq + seqlen // segment
-    owner, token, limit = pieces(nsegments, segment_start, segment)
+    owner, token, limit, inside = pieces(nsegments, segment_start, segment)
     zero = torch.zeros_like(owner)
     first_chunk = chunk_start[owner] + (token - start[owner]) // chunk
-    segments = torch.stack([zero, token, torch.minimum(token + segment, limit), first_chunk, owner], -1)
-    _, token, limit = pieces(nseq + seqlen // chunk, chunk_start, chunk)
+    edges = ((token == start[owner]).long() + 2 * (token + segment >= limit).long()) * inside
+    segments = torch.stack([zero, token, torch.minimum(token + segment, limit), first_chunk, owner, edges], -1)
+    _, token, limit, _ = pieces(nseq + seqlen // chunk, chunk_start, chunk)
     chunks = torch.stack([torch.zeros_like(token), token, limit], -1)
     sequences = torch.stack([segment_start[:-1], counts], -1)
-    tables = [t.to(torch.int32).contiguous() for t in (segments, sequences, chunks)]
-    return Plan(*tables, segment=segment, split=nsegments > nseq, ragged=True)
+    segments, sequences, chunks = (t.to(torch.int32).contiguous() for t in (segments, sequences, chunks))
+    return Plan(segments, segments, segments, sequences, chunks, segment=segment, split=nsegments > nseq, ragged=True)
 
 
 def _starts(counts: Tensor) -> Tensor:
@@ -133,10 +148,79 @@ def _starts(counts: Tensor) -> Tensor:
 
 
 def plan(cu_seqlens: Tensor | None, batch: int, seqlen: int, chunk: int, segment: int, device: torch.device) -> Plan:
-    """The plan of a call; `segment` is a multiple of `chunk`."""
+    """The plan of a call; `segment` is a multiple of `chunk`.
+
+    A packed plan is kept as long as its boundaries: every layer of a model has the same.
+    """
     if cu_seqlens is None:
         return batch_plan(batch, seqlen, chunk, segment, device)
-    return packed_plan(cu_seqlens, seqlen, chunk, segment)
+    on_gpu = cu_seqlens.is_cuda
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        # What is captured is computed at the replay only: nothing outside may read it.
+        return packed_plan(cu_seqlens, seqlen, chunk, segment)
+    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    key = (cu_seqlens._version, seqlen, chunk, segment, stream)
+    owner, known, packed = _PACKED.get(id(cu_seqlens), (None, None, None))
+    if packed is None or known != key or owner is None or owner() is not cu_seqlens:
+        packed = packed_plan(cu_seqlens, seqlen, chunk, segment)
+        name = id(cu_seqlens)
+        _PACKED[name] = (weakref.ref(cu_seqlens, lambda _: _PACKED.pop(name, None)), key, packed)
+    return packed
+
+
+_PACKED: dict[int, tuple[Any, Hashable, Plan]] = {}
+
+
+def kind(t: Tensor | None) -> Hashable:
+    """What decides the kernels that a tensor goes to, besides its values."""
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
+
+
+class Launcher:
+    """Starts one kernel again and again with arguments of one kind, at a fraction of the host's time.
+
+    The first call goes through Triton, which compiles; later ones start the compiled kernel. That is right only where
+    all that Triton specialises on stays the same: dtypes, absent arguments, the alignment of pointers, integers. The
+    owner keeps a launcher under a key of all these.
+    """
+
+    __slots__ = ("compiled", "driver", "unused")
+
+    def __init__(self) -> None:
+        self.compiled: Any = None
+        self.driver: Any = None
+        self.unused: tuple[None, ...] = ()
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any) -> None:
+        """`constants` are the compile-time parameters, which follow `arguments` in the kernel's signature."""
+        compiled = self.compiled
+        if compiled is not None:
+            x, y, z = (*grid, 1, 1)[:3]
+            stream = self.driver.get_current_stream(self.driver.get_current_device())
+            compiled.run(
+                x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *self.unused
+            )
+            return
+        compiled = kernel[grid](*arguments, **constants)
+        if _starts_directly():
+            from triton.runtime import driver
+
+            self.driver = driver.active
+            self.unused = (None,) * (len(kernel.params) - len(arguments))
+            self.compiled = compiled
+
+
+@cache
+def _starts_directly() -> bool:
+    """Whether compiled kernels are started as `Launcher` does it: the protocol is that of Triton 3.6."""
+    import triton
+
+    return not interpreted() and triton.__version__.startswith("3.6.")
+
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)
 
 
 def rows_last(t: Tensor) -> Tensor:
@@ -153,10 +237,17 @@ def describable(*tensors: Tensor) -> bool:
     return True
 
 
-def descriptor(make: Callable[..., object], t: Tensor, rows: int, columns: int) -> object:
+def descriptor(make: type, t: Tensor, rows: int, columns: int) -> object:
     """A descriptor of (rows, columns) tiles of (batch, seqlen, heads, width), with heads before time."""
     step = 16 // t.element_size()
     order = (0, 2, 1)
     # The stride of a dimension of one element is never used, but must be valid.
     strides = [t.stride(d) if t.shape[d] > 1 else -(-t.shape[-1] // step) * step for d in order]
-    return make(t, [*(t.shape[d] for d in order), t.shape[-1]], [*strides, 1], [1, 1, rows, columns])
+    return describe(make, t, [*(t.shape[d] for d in order), t.shape[-1]], [*strides, 1], [1, 1, rows, columns])
+
+
+def describe(make: type, base: Tensor, shape: list[int], strides: list[int], block: list[int], **more: Any) -> object:
+    """A tensor descriptor without its constructor's checks, which cost as much as a launch; `describable` made them."""
+    made = object.__new__(make)
+    made.__dict__.update(base=base, shape=shape, strides=strides, block_shape=block, padding="zero", **more)
+    return made

@@ -115,7 +115,11 @@ def gradient_kernel(
                 tl.store(dD + place, product, mask=(p >= 0) & (n_block == 0))
         else:
             tl.store(rows_out + slot, pairs + inner)
-    total = tl.dot(dweights.to(k.dtype), k, total, input_precision=PRECISION)
+    high = dweights.to(k.dtype)
+    total = tl.dot(high, k, total, input_precision=PRECISION)
+    if k.dtype != tl.float32:
+        # The rounding of the sum over heads: once a program, it costs nothing to keep.
+        total = tl.dot((dweights - high.to(tl.float32)).to(k.dtype), k, total, input_precision=PRECISION)
     place = part.to(tl.int64) * out_part + batch.to(tl.int64) * out_b + group * out_h + row.to(tl.int64) * out_l
     within = (row + q < end)[:, None] & (n_first + n < d_state)[None, :]
     tl.store(out + place + q[:, None] * out_l + n_first + n[None, :], total.to(out.dtype.element_ty), mask=within)
@@ -123,14 +127,16 @@ def gradient_kernel(
 
 @triton.jit
 def decay_gradient_kernel(
-    rows_in, dscale, inner, products, overlaps, kept, scale, sums, dt, decay, bias, ddt, ddecay, dA, dbias, chunks,
+    rows_in, dscale, inner, products, overlaps, kept, scale, sums, dt, decay, bias, ddt, ddecay, dA, dbias, dD, chunks,
     nheads, heads_per_group, padded, low, high, dt_b, dt_l, dt_h, decay_b, decay_l, decay_h, out_b, out_l,
     Q: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr, N_BLOCKS: tl.constexpr,
     HAS_DT: tl.constexpr, PER_TOKEN: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
+    SCALAR_D: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of scale and sums to those of dt and the decay: `decay_kernel`, backward.
 
-    dt's gradient and a log-decay's are written per token, A's and the bias's as one sum a chunk `(chunks, nheads)`.
+    dt's gradient and a log-decay's are written per token; A's, the bias's and a scalar D's as one sum a chunk
+    `(chunks, nheads)`.
     """
     c = tl.program_id(0)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -142,18 +148,13 @@ def decay_gradient_kernel(
     ds = tl.zeros([Q, HEADS], tl.float32)
     reads = tl.zeros([Q, HEADS], tl.float32)
     into = tl.zeros([Q, HEADS], tl.float32)
-    # What the tokens before this one wrote into the state at the chunk's end.
-    earlier = tl.zeros([Q, HEADS], tl.float32)
-    before = inside & (q > 0)[:, None]
     for part in tl.static_range(BLOCKS * N_BLOCKS):
         place = (part * nheads + heads).to(tl.int64)[None, :] * padded + c * Q + q[:, None]
         reads += tl.load(rows_in + place, mask=inside, other=0.0)
         ds += tl.load(dscale + place, mask=inside, other=0.0)
         into += tl.load(inner + place, mask=inside, other=0.0)
-        earlier += tl.load(inner + place - 1, mask=before, other=0.0)
     place = heads.to(tl.int64)[None, :] * padded + c * Q + q[:, None]
     s = tl.load(scale + place, mask=inside, other=0.0)
-    earlier *= tl.load(scale + place - 1, mask=before, other=0.0)
     last = tl.load(sums + heads.to(tl.int64) * padded + c * Q + Q - 1, mask=known, other=0.0)
     alive = known & (tl.load(chunks + c * 3 + 1) < tl.load(chunks + c * 3 + 2))
     tail = tl.zeros([HEADS], tl.float32)
@@ -169,7 +170,12 @@ def decay_gradient_kernel(
     for block in tl.static_range(N_BLOCKS):
         group = block * tl.cdiv(nheads, heads_per_group) + heads // heads_per_group
         overlap += tl.load(overlaps + group.to(tl.int64)[None, :] * padded + c * Q + q[:, None], mask=inside, other=0.0)
-    dlog = tl.cumsum(reads - s * ds, 0, reverse=True) + tl.cumsum(earlier, 0) + tail[None, :]
+    if SCALAR_D:
+        tl.store(dD + c * nheads + heads, tl.sum(product, 0), mask=known)
+    # What the tokens before this one wrote into the state at the chunk's end.
+    written = s * into
+    earlier = tl.cumsum(written, 0) - written
+    dlog = tl.cumsum(reads - s * ds, 0, reverse=True) + earlier + tail[None, :]
     ds += into
     ds += product * overlap
     if HAS_DT:
@@ -201,42 +207,71 @@ def decay_gradient_kernel(
             tl.store(dbias + c * nheads + heads, tl.sum(tl.where(inside, ds, 0.0), 0), mask=known)
 
 
+@triton.jit
+def total_kernel(
+    dA_parts, dbias_parts, dD_parts, dA, dbias, dD, nchunks, nheads,
+    HEADS: tl.constexpr, CHUNKS: tl.constexpr, HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr,
+):  # fmt: skip
+    """Sums over chunks of what a head has one gradient of. Grid `(cdiv(nheads, HEADS),)`."""
+    heads = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    a = tl.zeros([CHUNKS, HEADS], tl.float32)
+    bias = tl.zeros([CHUNKS, HEADS], tl.float32)
+    d = tl.zeros([CHUNKS, HEADS], tl.float32)
+    for first in range(0, nchunks, CHUNKS):
+        c = first + tl.arange(0, CHUNKS)
+        inside = (c < nchunks)[:, None] & (heads < nheads)[None, :]
+        place = c.to(tl.int64)[:, None] * nheads + heads[None, :]
+        if HAS_A:
+            a += tl.load(dA_parts + place, mask=inside, other=0.0)
+        if HAS_BIAS:
+            bias += tl.load(dbias_parts + place, mask=inside, other=0.0)
+        if HAS_D:
+            d += tl.load(dD_parts + place, mask=inside, other=0.0)
+    if HAS_A:
+        tl.store(dA + heads, tl.sum(a, 0).to(dA.dtype.element_ty), mask=heads < nheads)
+    if HAS_BIAS:
+        tl.store(dbias + heads, tl.sum(bias, 0).to(dbias.dtype.element_ty), mask=heads < nheads)
+    if HAS_D:
+        tl.store(dD + heads, tl.sum(d, 0).to(dD.dtype.element_ty), mask=heads < nheads)
+
+
 def backward(
     dy: Tensor | None, dfinal: Tensor | None, x: Tensor, dt: Tensor | None, decay: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, dt_bias: Tensor | None, initial_states: Tensor | None, cu_seqlens: Tensor | None,
     dt_softplus: bool, dt_min: float, dt_max: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, dt, decay, B, C, D, dt_bias and initial_states; an empty tensor for an argument that was None."""
-    nothing = x.new_empty(0)
     if x.numel() == 0:
-        dstates = nothing if initial_states is None else torch.zeros_like(initial_states)
+        dstates = x.new_empty(0) if initial_states is None else torch.zeros_like(initial_states)
         if initial_states is not None and dfinal is not None:
             dstates.copy_(dfinal)
-        grads = [nothing if t is None else torch.zeros_like(t) for t in (x, dt, decay, B, C, D, dt_bias)]
+        grads = [x.new_empty(0) if t is None else torch.zeros_like(t) for t in (x, dt, decay, B, C, D, dt_bias)]
         return *grads, dstates
     if dy is None:
         dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     with _triton.on_device(x):
         x, B, C = (_triton.rows_last(t) for t in (x, B, C))
         dy = dy if _triton.describable(dy) and dy.stride(-1) == 1 else dy.contiguous()
-        call = Call.prepare(x, dt, decay, B, C, dt_bias, cu_seqlens, dt_softplus, dt_min, dt_max, dy)
+        initial, dlast = (None if t is None else t.contiguous() for t in (initial_states, dfinal))
+        call = Call(x, dt, decay, B, C, dt_bias, cu_seqlens is None, dt_softplus, (dt_min, dt_max))
+        call.prepare(cu_seqlens, dy, D, initial, dlast)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dinitial = None if initial is None else call.last_states()
         S, G = call.chunk_states(), call.chunk_states()
-        kept = torch.empty(S.shape[0], S.shape[1], call.blocks, S.shape[2], device=x.device)
-        initial = None if initial_states is None else initial_states.contiguous()
-        dinitial = call.run(dy, None if dfinal is None else dfinal.contiguous(), dx, D, reverse=True, saved=G)
-        call.run(x, initial, None, None, saved=S, counterpart=G, kept=kept)
+        # Inner products of S and G, summed over columns (over the state's rows, where it is transposed).
+        rows = triton_hopper.TILE if call.family.hopper else S.shape[2]
+        kept = torch.empty(*S.shape[:2], call.blocks, rows, dtype=torch.float32, device=x.device)
+        call.scan(dy, call.entries(dy, dlast, reverse=True), dinitial, reverse=True, out=dx, D=D, saved=G)
+        call.scan(x, call.entries(x, initial), None, saved=S, counterpart=G, kept=kept)
         dB, dC, dD, pieces = _parameter_gradients(call, dy, S, G, D)
-        ddt, ddecay, dbias = _decay_gradients(call, kept, *pieces)
-    return (
-        dx, nothing if ddt is None else ddt, ddecay, dB, dC, nothing if dD is None else dD,
-        nothing if dbias is None else dbias, nothing if initial_states is None else dinitial,
-    )  # fmt: skip
+        ddt, ddecay, dbias, dD = _decay_gradients(call, kept, D, dD, *pieces)
+    grads = (dx, ddt, ddecay, dB, dC, dD, dbias, dinitial)
+    return tuple(x.new_empty(0) if t is None else t for t in grads)
 
 
 def _parameter_gradients(call: Call, dy: Tensor, S: Tensor, G: Tensor, D: Tensor | None) -> tuple[Any, ...]:
-    """dB, dC, dD, and what the decay's gradient is made of."""
-    x, B, C, config, plan = call.x, call.B, call.C, call.config, call.plan
+    """dB, dC, a vector D's gradient, and what the decay's gradient is made of."""
+    x, B, C, config, plan = call.x, call.B, call.C, call.family.config, call.plan
     nheads, headdim = x.shape[2:]
     ngroups, d_state = B.shape[2:]
     n, n_total, p, blocks = config.gradient_rows, S.shape[2], config.columns, call.blocks
@@ -245,74 +280,80 @@ def _parameter_gradients(call: Call, dy: Tensor, S: Tensor, G: Tensor, D: Tensor
     kind = {"dtype": x.dtype if parts == 1 else torch.float32, "device": x.device}
     dB, dC = (torch.empty(parts, *B.shape, **kind) for _ in range(2))
     pieces = n_total // n * blocks
-    reads, dscale, inner = (torch.empty(pieces, nheads, call.padded, device=x.device) for _ in range(3))
-    products = torch.empty(blocks, nheads, call.padded, device=x.device)
-    overlaps = torch.empty(n_total // n, ngroups, call.padded, device=x.device)
+    float32 = {"dtype": torch.float32, "device": x.device}
+    reads, dscale, inner = (torch.empty(pieces, nheads, call.padded, **float32) for _ in range(3))
+    products = torch.empty(blocks, nheads, call.padded, **float32)
+    overlaps = torch.empty(n_total // n, ngroups, call.padded, **float32)
     dD = None
     if D is not None and D.ndim == 2:
         # An empty chunk's program writes nothing.
         make = torch.zeros if plan.ragged else torch.empty
-        dD = make((nchunks, nheads, blocks * p), device=x.device)
-    reading = (dy, x, C, B, S, dC, reads, None, products, overlaps)
-    writing = (x, dy, B, C, G, dB, dscale, inner, None, None)
-    if call.hopper and dD is None:
-        triton_hopper.launch_gradients(call, dy, S, G, dB, dC, (reads, dscale, inner, products, overlaps))
+        dD = make((nchunks, nheads, blocks * p), **float32)
+    sizes = (nheads, per_group, per_group // parts, headdim, d_state, call.padded)
+    if call.family.hopper and dD is None:
+        tiles, states = triton_hopper.tiles, triton_hopper.state_tiles
+        described = (tiles(x), tiles(dy), tiles(B, n), tiles(C, n), states(S), states(G))
+        call.launch(
+            triton_hopper.gradient_hopper_kernel, (2 * nchunks, ngroups * parts),
+            (*described, dB, dC, reads, dscale, inner, products, overlaps, call.scale, call.sums, dB.stride(0), *sizes,
+             x.shape[1]),
+            Q=config.chunk, N=n, P=p, BLOCKS=blocks, num_warps=4,
+        )  # fmt: skip
         sides = ()
     else:
-        sides = (reading, writing)
+        reading = (dy, x, C, B, S, dC, reads, None, products, overlaps)
+        sides = (reading, (x, dy, B, C, G, dB, dscale, inner, None, None))
     for reverse, (value, other, query, key, state, out, *rest) in enumerate(sides):
-        gradient_kernel[(nchunks, ngroups * parts, n_total // n)](
-            call.tiles(value, p), call.tiles(other, p), call.tiles(query, n), call.tiles(key, n),
-            call.state_tiles(state, n), out, *rest, dD, call.scale, call.sums, plan.chunks,
-            *value.stride()[:3], *other.stride()[:3], *query.stride()[:3], *key.stride()[:3], *out.stride()[:4],
-            nheads, per_group, per_group // parts, headdim, d_state, call.padded,
-            Q=config.chunk, N=n, NT=n_total, P=p, BLOCKS=blocks, STAGES=config.gradient_stages, TMA=call.tma,
-            REVERSE=bool(reverse), VECTOR_D=dD is not None and bool(reverse), PRECISION=config.precision,
-            num_warps=config.gradient_warps,
+        call.launch(
+            gradient_kernel, (nchunks, ngroups * parts, n_total // n),
+            (call.tiles(value, p), call.tiles(other, p), call.tiles(query, n), call.tiles(key, n),
+             call.state_tiles(state, n), out, *rest, dD, call.scale, call.sums, plan.chunks,
+             *value.stride()[:3], *other.stride()[:3], *query.stride()[:3], *key.stride()[:3], *out.stride()[:4],
+             *sizes),
+            reverse, Q=config.chunk, N=n, NT=n_total, P=p, BLOCKS=blocks, STAGES=config.gradient_stages,
+            TMA=call.family.tma, REVERSE=bool(reverse), VECTOR_D=dD is not None and bool(reverse),
+            PRECISION=config.precision, num_warps=config.gradient_warps,
         )  # fmt: skip
-    if D is not None:
-        # Rows past a sequence's end, where they exist, belong to chunks without a program or are zero.
-        total = _token_sum(products, plan) if dD is None else dD.sum(0)[:, :headdim]
-        dD = total.to(D.dtype)
-    parts_of_decay = (reads, dscale, inner, products, overlaps)
+    if dD is not None:
+        dD = dD.sum(0)[:, :headdim].to(D.dtype)
+    pieces = (reads, dscale, inner, products, overlaps)
     if parts == 1:
-        return dB[0], dC[0], dD, parts_of_decay
-    return dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD, parts_of_decay
-
-
-def _token_sum(products: Tensor, plan: _triton.Plan) -> Tensor:
-    """dy · x of every token (block, head, token), summed; the rows of empty chunks hold nothing."""
-    if plan.ragged:
-        alive = plan.chunks[:, 1] < plan.chunks[:, 2]
-        products = torch.where(alive[:, None], products.unflatten(2, (alive.shape[0], -1)), 0.0).flatten(2)
-    return products.sum((0, 2))
+        return dB[0], dC[0], dD, pieces
+    return dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD, pieces
 
 
 def _decay_gradients(
-    call: Call, kept: Tensor, reads: Tensor, dscale: Tensor, inner: Tensor, products: Tensor, overlaps: Tensor
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Gradients of dt, of A or the log-decay, and of the bias."""
+    call: Call, kept: Tensor, D: Tensor | None, dD: Tensor | None, reads: Tensor, dscale: Tensor, inner: Tensor,
+    products: Tensor, overlaps: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of dt, of A or the log-decay, of the bias, and of D (`dD`, where D is a vector)."""
     batch, seqlen, nheads, _ = call.x.shape
-    nchunks, options = call.plan.chunks.shape[0], call.decay_options
+    nchunks, family, device = call.plan.chunks.shape[0], call.family, call.x.device
     token = (batch, seqlen, nheads)
-    ddt = None if call.dt is None else torch.empty(token, dtype=call.dt.dtype, device=call.x.device)
-    per_chunk = {"dtype": torch.float32, "device": call.x.device}
-    dbias = None if call.bias is None else torch.empty(nchunks, nheads, **per_chunk)
-    ddecay = dA = None
-    if options["PER_TOKEN"]:
-        ddecay = torch.empty(token, dtype=call.decay.dtype, device=call.x.device)
-    else:
-        dA = torch.empty(nchunks, nheads, **per_chunk)
+    ddt = None if call.dt is None else torch.empty(token, dtype=call.dt.dtype, device=device)
+    per_token = call.decay if call.decay.ndim == 3 else None
+    ddecay = None if per_token is None else torch.empty(token, dtype=per_token.dtype, device=device)
+    # One gradient a head: a sum a chunk first.
+    single = (call.decay if per_token is None else None, call.bias, D if dD is None else None)
+    parts = [None if t is None else torch.empty(nchunks, nheads, dtype=torch.float32, device=device) for t in single]
     heads = min(16, configs.power_of_two(nheads))
-    decay_gradient_kernel[(nchunks, triton.cdiv(nheads, heads))](
-        reads, dscale, inner, products, overlaps, kept, call.scale, call.sums, call.dt, call.decay, call.bias,
-        ddt, ddecay, dA, dbias, call.plan.chunks, nheads, nheads // call.B.shape[2], call.padded, *call.limit,
-        *call.decay_strides, seqlen * nheads, nheads, HEADS=heads, N=kept.shape[3], BLOCKS=kept.shape[2],
-        N_BLOCKS=overlaps.shape[0], num_warps=2, **options,
+    call.launch(
+        decay_gradient_kernel, (nchunks, _triton.cdiv(nheads, heads)),
+        (reads, dscale, inner, products, overlaps, kept, call.scale, call.sums, call.dt, call.decay, call.bias, ddt,
+         ddecay, *parts, call.plan.chunks, nheads, nheads // call.B.shape[2], call.padded, *call.limit,
+         *family.strides, seqlen * nheads, nheads),
+        HEADS=heads, N=kept.shape[3], BLOCKS=kept.shape[2], N_BLOCKS=overlaps.shape[0],
+        SCALAR_D=parts[2] is not None, num_warps=2, **family.decays,
     )  # fmt: skip
-    if dbias is not None:
-        dbias = dbias.sum(0).to(call.bias.dtype)
-    return ddt, ddecay if dA is None else dA.sum(0).to(call.decay.dtype), dbias
+    totals = [None if t is None else torch.empty(nheads, dtype=t.dtype, device=device) for t in single]
+    if any(t is not None for t in totals):
+        call.launch(
+            total_kernel, (_triton.cdiv(nheads, 4),), (*parts, *totals, nchunks, nheads),
+            HEADS=4, CHUNKS=128, HAS_A=totals[0] is not None, HAS_BIAS=totals[1] is not None,
+            HAS_D=totals[2] is not None, num_warps=4,
+        )  # fmt: skip
+    dA, dbias, dscalar = totals
+    return ddt, ddecay if dA is None else dA, dbias, dscalar if dD is None else dD
 
 
 def _head_parts(per_group: int, programs: int, multiprocessors: int) -> int:

@@ -13,7 +13,10 @@ Sums of log-decays are kept in powers of two: exp2 is one instruction. Every exp
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -24,9 +27,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dualscan.ops import _triton
 from dualscan.ops.ssd import configs, triton_hopper
 
-# Programs of the sequential kernel that a multiprocessor should find, and the fewest tokens worth a segment.
-OCCUPANCY = 4
-SHORTEST_SEGMENT = 512
+# For the split of sequences: programs of the sequential kernel that a multiprocessor holds; a chunk's states, and the
+# joining of one program's, in units of a chunk's full work; the fewest tokens worth a segment, and the most segments.
+RESIDENT = 2
+STATES_COST = 0.35
+JOIN_COST = 1.2
+SHORTEST_SEGMENT = 256
+MOST_SEGMENTS = 64
 # Rows of a state that a program of the decoding step holds.
 STEP_ROWS = 32
 
@@ -120,27 +127,28 @@ def decay_kernel(
 
 @triton.jit
 def scan_kernel(
-    query, key, value, out, scale, sums, D, initial, final, saved, counterpart, kept, segments,
-    query_b, query_l, query_h, key_b, key_l, key_h, value_b, value_l, value_h, out_b, out_l, out_h, D_h, D_p,
+    query, key, value, out, saved, counterpart, kept, scale, sums, D, initial, final, segments, D_h, D_p,
+    query_b, query_l, query_h, key_b, key_l, key_h, value_b, value_l, value_h, out_b, out_l, out_h,
     nheads, heads_per_group, headdim, d_state, padded,
     Q: tl.constexpr, N: tl.constexpr, P: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
-    REVERSE: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr, KEPT: tl.constexpr, HAS_D: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr, KEPT: tl.constexpr, ENTRIES: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: P columns of one head over one segment, the state (N, P) in registers.
 
-    Grid `(nheads * cdiv(headdim, P), segments)`. `segments` holds (batch row, first token, end, first chunk, sequence).
+    Grid `(nheads * cdiv(headdim, P), segments)`. `segments` is a table of `_triton.Plan`.
     OUTPUT writes `out`; SAVE writes every chunk's state on entry to `saved` (chunk, head, N, columns); KEPT writes its
-    inner product with `counterpart`, of the same layout, summed over columns, to `kept` (chunk, head, block, N).
+    inner product with `counterpart`, of the same layout, summed over columns, to `kept` (chunk, head, block, N). With
+    ENTRIES `final` has a state a segment, else one a sequence, which its last segment writes (REVERSE: its first).
     """
     blocks = tl.cdiv(headdim, P)
     h = tl.program_id(0) // blocks
     column = (tl.program_id(0) % blocks) * P
     segment = tl.program_id(1)
-    batch = tl.load(segments + segment * 5)
-    start = tl.load(segments + segment * 5 + 1)
-    end = tl.load(segments + segment * 5 + 2)
-    first_chunk = tl.load(segments + segment * 5 + 3)
+    batch = tl.load(segments + segment * 6)
+    start = tl.load(segments + segment * 6 + 1)
+    end = tl.load(segments + segment * 6 + 2)
+    first_chunk = tl.load(segments + segment * 6 + 3)
     group = h // heads_per_group
     nchunks = tl.cdiv(end - start, Q)
     q, n, p = tl.arange(0, Q), tl.arange(0, N), tl.arange(0, P)
@@ -195,17 +203,24 @@ def scan_kernel(
         share = from_start if REVERSE else to_end * s
         scaled = (v * share[:, None]).to(v.dtype)
         state = tl.dot(tl.trans(k), scaled, state * tl.exp2(last.to(tl.float32)), input_precision=PRECISION)
-    tl.store(final + state_place, state, mask=state_inside)
+    if HAS_FINAL:
+        target = segment if ENTRIES else tl.load(segments + segment * 6 + 4)
+        edges = tl.load(segments + segment * 6 + 5)
+        wanted = ENTRIES | ((edges & (1 if REVERSE else 2)) != 0)
+        state_place += (target - segment).to(tl.int64) * nheads * headdim * d_state
+        tl.store(final + state_place, state, mask=state_inside & wanted)
 
 
 @triton.jit
 def combine_kernel(
-    ends, initial, starts, final, sums, segments, sequences, nheads, per_head, padded,
-    Q: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    ends, initial, starts, sums, segments, sequences, nheads, per_head, padded,
+    Q: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, INNER: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
     """Joins the segments of every sequence: from each segment's own contribution to the state at its entry.
 
-    Grid `(nheads, cdiv(per_head, BLOCK), sequences)`, float32. `sequences` holds (first segment, number of segments).
+    Grid `(nheads, cdiv(per_head, BLOCK), sequences)`, float32. `sequences` holds (first segment, number of segments);
+    `ends` has a state a segment, with INNER without every sequence's last (REVERSE: its first).
     """
     h, sequence = tl.program_id(0).to(tl.int64), tl.program_id(2)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -217,20 +232,91 @@ def combine_kernel(
         state = tl.load(initial + (sequence.to(tl.int64) * nheads + h) * per_head + e, mask=inside, other=0.0)
     for i in range(count):
         segment = first + (count - 1 - i if REVERSE else i)
-        start = tl.load(segments + segment * 5 + 1)
-        end = tl.load(segments + segment * 5 + 2)
-        chunk = tl.load(segments + segment * 5 + 3) + tl.arange(0, CHUNKS)
+        start = tl.load(segments + segment * 6 + 1)
+        end = tl.load(segments + segment * 6 + 2)
+        chunk = tl.load(segments + segment * 6 + 3) + tl.arange(0, CHUNKS)
         used = tl.arange(0, CHUNKS) < tl.cdiv(end - start, Q)
         total = tl.sum(tl.load(sums + h * padded + chunk * Q + Q - 1, mask=used, other=0.0), 0)
-        place = (segment.to(tl.int64) * nheads + h) * per_head + e
-        tl.store(starts + place, state, mask=inside)
-        state = state * tl.exp2(total.to(tl.float32)) + tl.load(ends + place, mask=inside, other=0.0)
-    tl.store(final + (sequence.to(tl.int64) * nheads + h) * per_head + e, state, mask=inside)
+        tl.store(starts + (segment.to(tl.int64) * nheads + h) * per_head + e, state, mask=inside)
+        own = segment
+        if INNER:
+            own -= sequence + (1 if REVERSE else 0)
+        own_state = ends + (own.to(tl.int64) * nheads + h) * per_head + e
+        state = state * tl.exp2(total.to(tl.float32)) + tl.load(own_state, mask=inside & (i + 1 < count), other=0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Family:
+    """What sizes, strides and dtypes decide: configuration, segments, which kernels run, how they start again."""
+
+    config: configs.Config
+    segment: int
+    tma: bool
+    hopper: bool
+    strides: tuple[int, ...]
+    decays: dict[str, object]
+    launchers: dict[Hashable, _triton.Launcher]
+
+
+_FAMILIES: dict[Hashable, Family] = {}
+MOST_FAMILIES = 512
+
+
+def _family(key: Hashable, call: "Call", nseq: int, described: tuple[Tensor, ...]) -> Family:
+    x, B, headdim = call.x, call.B, call.x.shape[3]
+    config = configs.choose(headdim, B.shape[3], x.dtype, _triton.capability(x.device))
+    # Descriptors that are not pipelined (one stage) gave an illegal memory access once: such tiles take pointers.
+    tma = call.dense and config.stages > 1 and _triton.has_tma(x.device) and _triton.describable(*described)
+    programs = nseq * x.shape[2] * _triton.cdiv(headdim, config.columns)
+    dt = (0, 0, 0) if call.dt is None else call.dt.stride()
+    per_token = call.decay.ndim == 3
+    if len(_FAMILIES) >= MOST_FAMILIES:
+        _FAMILIES.clear()
+    _FAMILIES[key] = family = Family(
+        config=config,
+        segment=_segment(x.shape[1], programs, config.chunk, _triton.multiprocessors(x.device)),
+        tma=tma,
+        hopper=tma and triton_hopper.fits(*described),
+        strides=(*dt, *(call.decay.stride() if per_token else (0, 0, 0))),
+        decays={
+            "Q": config.chunk,
+            "HAS_DT": call.dt is not None,
+            "PER_TOKEN": per_token,
+            "HAS_BIAS": call.bias is not None,
+            "SOFTPLUS": call.softplus,
+            "CLAMP": call.limit != (0.0, math.inf),
+        },
+        launchers={},
+    )
+    return family
+
+
+@lru_cache(maxsize=256)
+def _segment(seqlen: int, programs: int, chunk: int, multiprocessors: int) -> int:
+    """Tokens a segment: what makes the fewest rounds of chunks, on the kernels' own measure.
+
+    A multiprocessor holds `RESIDENT` programs. With more segments than one, the states of all but the last are
+    computed first, at `STATES_COST` of a chunk's full work, and joined, at `JOIN_COST` for each program's.
+    """
+    chunks, slots = _triton.cdiv(seqlen, chunk), RESIDENT * multiprocessors
+
+    def cost(segments: int) -> float:
+        rounds = _triton.cdiv(chunks, segments)
+        full = _triton.cdiv(programs * segments, slots) * rounds
+        if segments == 1:
+            return full
+        states = STATES_COST * _triton.cdiv(programs * (segments - 1), slots) * rounds
+        return full + states + JOIN_COST * programs * segments / slots
+
+    most = max(1, min(MOST_SEGMENTS, seqlen // SHORTEST_SEGMENT))
+    segments = min(range(1, most + 1), key=cost) if programs else 1
+    # A whole sequence takes one chunk more than it has, so that a packed one of any length is one segment.
+    return (chunks + 1) * chunk if segments == 1 else _triton.cdiv(chunks, segments) * chunk
+
+
+@dataclass(slots=True, eq=False)
 class Call:
-    """One call's tensors, sizes, plan and decays, shared by forward and backward."""
+    """One call's tensors, family, plan and decays, shared by forward and backward."""
 
     x: Tensor
     dt: Tensor | None
@@ -238,59 +324,52 @@ class Call:
     B: Tensor
     C: Tensor
     bias: Tensor | None
+    dense: bool
     softplus: bool
     limit: tuple[float, float]
-    config: configs.Config
-    plan: _triton.Plan
-    scale: Tensor
-    sums: Tensor
-    tma: bool
-    hopper: bool
+    family: Family = field(init=False)
+    plan: _triton.Plan = field(init=False)
+    scale: Tensor = field(init=False)
+    sums: Tensor = field(init=False)
 
-    @classmethod
-    def prepare(
-        cls, x: Tensor, dt: Tensor | None, decay: Tensor, B: Tensor, C: Tensor, bias: Tensor | None,
-        cu_seqlens: Tensor | None, softplus: bool, low: float, high: float, dy: Tensor | None = None,
-    ) -> "Call":  # fmt: skip
-        """Picks configuration and plan, and computes the step sizes and decay sums of every chunk."""
-        batch, seqlen, nheads, headdim = x.shape
-        capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (9, 0)
-        config = configs.choose(headdim, B.shape[3], x.dtype, capability)
-        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        programs = sequences * nheads * triton.cdiv(headdim, config.columns)
-        plan = _triton.plan(cu_seqlens, batch, seqlen, config.chunk, _segment(seqlen, programs, config, x), x.device)
-        padded = plan.chunks.shape[0] * config.chunk
-        scale = torch.empty(nheads, padded, dtype=torch.float32, device=x.device)
-        sums = torch.empty_like(scale, dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
-        described = (x, B, C) if dy is None else (x, B, C, dy)
-        # Descriptors that are not pipelined (one stage) gave an illegal memory access once: such tiles take pointers.
-        tma = cu_seqlens is None and config.stages > 1 and _triton.has_tma(x.device) and _triton.describable(*described)
-        hopper = tma and triton_hopper.fits(x, B, C, *described[3:])
-        call = cls(x, dt, decay, B, C, bias, softplus, (low, high), config, plan, scale, sums, tma, hopper)
+    def prepare(self, cu_seqlens: Tensor | None, dy: Tensor | None, *others: Tensor | None) -> None:
+        """Finds family and plan, and computes the step sizes and decay sums of every chunk.
+
+        `others` are the arguments besides the call's own that go to kernels.
+        """
+        x, kind = self.x, _triton.kind
+        batch, seqlen, nheads, _ = x.shape
+        nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        own = (x, self.dt, self.decay, self.B, self.C, self.bias, dy, *others)
+        key = (x.device, nseq, self.dense, self.softplus, self.limit, *map(kind, own))
+        family = _FAMILIES.get(key)
+        if family is None:
+            described = (x, self.B, self.C) if dy is None else (x, self.B, self.C, dy)
+            family = _family(key, self, nseq, described)
+        self.family, chunk = family, family.config.chunk
+        self.plan = plan = _triton.plan(cu_seqlens, batch, seqlen, chunk, family.segment, x.device)
+        nchunks = plan.chunks.shape[0]
+        padded = nchunks * chunk
+        self.scale = torch.empty(nheads, padded, dtype=torch.float32, device=x.device)
+        wide = torch.float64 if x.dtype == torch.float32 else torch.float32
+        self.sums = torch.empty(nheads, padded, dtype=wide, device=x.device)
         heads = min(16, configs.power_of_two(nheads))
-        decay_kernel[(plan.chunks.shape[0], triton.cdiv(nheads, heads))](
-            dt, decay, bias, scale, sums, plan.chunks, nheads, padded, low, high, *call.decay_strides,
-            HEADS=heads, num_warps=2, **call.decay_options,
+        self.launch(
+            decay_kernel, (nchunks, _triton.cdiv(nheads, heads)),
+            (self.dt, self.decay, self.bias, self.scale, self.sums, plan.chunks, nheads, padded, *self.limit,
+             *family.strides),
+            HEADS=heads, num_warps=2, **family.decays,
         )  # fmt: skip
-        return call
 
-    @property
-    def decay_strides(self) -> tuple[int, ...]:
-        """Of dt and of a log-decay per token."""
-        dt = (0, 0, 0) if self.dt is None else self.dt.stride()
-        return *dt, *(self.decay.stride() if self.decay.ndim == 3 else (0, 0, 0))
-
-    @property
-    def decay_options(self) -> dict[str, object]:
-        """What the decay kernels compile in."""
-        return {
-            "Q": self.config.chunk,
-            "HAS_DT": self.dt is not None,
-            "PER_TOKEN": self.decay.ndim == 3,
-            "HAS_BIAS": self.bias is not None,
-            "SOFTPLUS": self.softplus,
-            "CLAMP": self.limit != (0.0, math.inf),
-        }
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], name: Hashable = None, **constants: Any
+    ) -> None:
+        """Starts a kernel; `name` tells the launches of one kernel within a call apart."""
+        launchers, name = self.family.launchers, (id(kernel), name)
+        launcher = launchers.get(name)
+        if launcher is None:
+            launcher = launchers[name] = _triton.Launcher()
+        launcher(kernel, grid, arguments, **constants)
 
     @property
     def padded(self) -> int:
@@ -300,92 +379,90 @@ class Call:
     @property
     def blocks(self) -> int:
         """Blocks of columns of headdim."""
-        return triton.cdiv(self.x.shape[3], self.config.columns)
+        return _triton.cdiv(self.x.shape[3], self.family.config.columns)
 
     def chunk_states(self) -> Tensor:
         """Room for one state a chunk and head, in the inputs' dtype, padded to whole tiles."""
-        n, width = configs.power_of_two(self.B.shape[3]), self.blocks * self.config.columns
+        n, width = configs.power_of_two(self.B.shape[3]), self.blocks * self.family.config.columns
         shape = (self.plan.chunks.shape[0], self.x.shape[2], n, width)
         return torch.empty(shape, dtype=self.x.dtype, device=self.x.device)
 
     def tiles(self, t: Tensor, columns: int) -> object:
         """What a kernel reads a tensor through: a descriptor, or the tensor."""
-        return _triton.descriptor(TensorDescriptor, t, self.config.chunk, columns) if self.tma else t
+        return _triton.descriptor(TensorDescriptor, t, self.family.config.chunk, columns) if self.family.tma else t
 
     def state_tiles(self, saved: Tensor, rows: int) -> object:
         """What a kernel reads chunk states through."""
-        flat = saved.view(-1, saved.shape[-1])
-        tile = [rows, self.config.columns]
-        return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), tile) if self.tma else saved
+        width = saved.shape[-1]
+        tile = [rows, self.family.config.columns]
+        shape = [saved.numel() // width, width]
+        return _triton.describe(TensorDescriptor, saved, shape, [width, 1], tile) if self.family.tma else saved
 
     def scan(
-        self, value: Tensor, initial: Tensor | None, final: Tensor, *, reverse: bool = False,
-        out: Tensor | None = None, D: Tensor | None = None, saved: Tensor | None = None,
+        self, value: Tensor, initial: Tensor | None, final: Tensor | None, *, reverse: bool = False,
+        entries: bool = False, out: Tensor | None = None, D: Tensor | None = None, saved: Tensor | None = None,
         counterpart: Tensor | None = None, kept: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Launches `scan_kernel` over every segment."""
-        config, query, key = self.config, *((self.B, self.C) if reverse else (self.C, self.B))
-        n, p = configs.power_of_two(key.shape[3]), config.columns
-        output = out is not None
-        if self.hopper and kept is None:
-            triton_hopper.launch(self, query, key, value, out, saved, D, initial, final, reverse)
-            return
+        """Launches `scan_kernel` over every segment; with `entries` over those that others start from."""
+        plan, config, query, key = self.plan, self.family.config, *((self.B, self.C) if reverse else (self.C, self.B))
+        segments = plan.segments if not entries else plan.after if reverse else plan.before
+        output, (nheads, headdim), n, p = out is not None, value.shape[2:], key.shape[3], config.columns
         skip = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
-        nheads, headdim = value.shape[2:]
-        scan_kernel[(nheads * self.blocks, self.plan.segments.shape[0])](
-            self.tiles(query, n), self.tiles(key, n), self.tiles(value, p), None if out is None else self.tiles(out, p),
-            self.scale, self.sums, D, initial, final, saved,
-            None if counterpart is None else self.state_tiles(counterpart, n), kept, self.plan.segments,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *(out.stride()[:3] if output else (0, 0, 0)),
-            *skip, nheads, nheads // key.shape[2], headdim, key.shape[3], self.padded,
-            Q=config.chunk, N=n, P=p, STAGES=config.stages if output else config.states_stages, TMA=self.tma,
-            REVERSE=reverse, OUTPUT=output, SAVE=saved is not None, KEPT=kept is not None, HAS_D=D is not None,
-            HAS_INITIAL=initial is not None, PRECISION=config.precision,
-            num_warps=config.warps if output else config.states_warps,
+        name = (reverse, entries, output)
+        flags = {
+            "REVERSE": reverse, "OUTPUT": output, "SAVE": saved is not None, "KEPT": kept is not None,
+            "ENTRIES": entries, "HAS_D": D is not None, "HAS_INITIAL": initial is not None,
+            "HAS_FINAL": final is not None,
+        }  # fmt: skip
+        grid = (nheads * self.blocks, segments.shape[0])
+        shared = (kept, self.scale, self.sums, D, initial, final, segments, *skip)
+        sizes = (nheads, nheads // key.shape[2], headdim, n)
+        if self.family.hopper:
+            tiles, states = triton_hopper.tiles, triton_hopper.state_tiles
+            described = (tiles(query, n), tiles(key, n), tiles(value), tiles(out), states(saved), states(counterpart))
+            self.launch(
+                triton_hopper.scan_hopper_kernel, grid, (*described, *shared, *sizes, value.shape[1], self.padded),
+                name, Q=config.chunk, N=n, P=p, num_warps=4, **flags,
+            )  # fmt: skip
+            return
+        wide = configs.power_of_two(n)
+        others = None if counterpart is None else self.state_tiles(counterpart, wide)
+        left = None if out is None else self.tiles(out, p)
+        described = (self.tiles(query, wide), self.tiles(key, wide), self.tiles(value, p), left, saved, others)
+        strides = [step for t in (query, key, value, out) for step in ((0, 0, 0) if t is None else t.stride()[:3])]
+        self.launch(
+            scan_kernel, grid, (*described, *shared, *strides, *sizes, self.padded), name,
+            Q=config.chunk, N=wide, P=p, STAGES=config.stages if output else config.states_stages,
+            TMA=self.family.tma, PRECISION=config.precision,
+            num_warps=config.warps if output else config.states_warps, **flags,
         )  # fmt: skip
 
-    def entries(self, value: Tensor, initial: Tensor | None, *, reverse: bool = False) -> tuple[Tensor | None, Tensor]:
-        """States at the entry of every segment, and where the last states go: `(segments or nseq, h, p, n)`.
+    def entries(self, value: Tensor, initial: Tensor | None, *, reverse: bool = False) -> Tensor | None:
+        """States at the entry of every segment `(segments, h, p, n)`: the given ones where a sequence is one segment.
 
-        One segment a sequence: the given states and an empty result, which the scan fills. Else the segments' own
-        contributions are computed in parallel and joined, and the result is already there.
+        Else the segments' own contributions are computed in parallel and joined.
         """
-        nheads, headdim = value.shape[2:]
-        per_head = headdim * self.B.shape[3]
-        shape = (self.plan.sequences.shape[0], nheads, headdim, self.B.shape[3])
-        final = torch.empty(shape, dtype=torch.float32, device=value.device)
-        if not self.plan.split:
-            return initial, final
-        ends = torch.empty(self.plan.segments.shape[0], *shape[1:], dtype=torch.float32, device=value.device)
-        starts = torch.empty_like(ends)
-        self.scan(value, None, ends, reverse=reverse)
-        segment_chunks = triton.next_power_of_2(self.plan.segment // self.config.chunk)
-        block = 1024
-        combine_kernel[(nheads, triton.cdiv(per_head, block), shape[0])](
-            ends, initial, starts, final, self.sums, self.plan.segments, self.plan.sequences, nheads, per_head,
-            self.padded, Q=self.config.chunk, CHUNKS=segment_chunks, BLOCK=block, REVERSE=reverse,
-            HAS_INITIAL=initial is not None,
+        plan, (nheads, headdim), d_state = self.plan, value.shape[2:], self.B.shape[3]
+        if not plan.split:
+            return initial
+        inner = plan.after if reverse else plan.before
+        shape, kind = (nheads, headdim, d_state), {"dtype": torch.float32, "device": value.device}
+        ends = torch.empty(inner.shape[0], *shape, **kind)
+        starts = torch.empty(plan.segments.shape[0], *shape, **kind)
+        self.scan(value, None, ends, reverse=reverse, entries=True)
+        chunk, block = self.family.config.chunk, 1024
+        self.launch(
+            combine_kernel, (nheads, _triton.cdiv(headdim * d_state, block), plan.sequences.shape[0]),
+            (ends, initial, starts, self.sums, plan.segments, plan.sequences, nheads, headdim * d_state, self.padded),
+            reverse, Q=chunk, CHUNKS=configs.power_of_two(plan.segment // chunk), BLOCK=block, REVERSE=reverse,
+            INNER=not plan.ragged, HAS_INITIAL=initial is not None,
         )  # fmt: skip
-        return starts, final
+        return starts
 
-    def run(
-        self, value: Tensor, initial: Tensor | None, out: Tensor | None, D: Tensor | None, *, reverse: bool = False,
-        **states: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Outputs into `out`, every chunk's state as `scan` saves it; returns the last states."""
-        starts, final = self.entries(value, initial, reverse=reverse)
-        last = torch.empty_like(starts) if self.plan.split and starts is not None else final
-        self.scan(value, starts, last, reverse=reverse, out=out, D=D, **states)
-        return final
-
-
-def _segment(seqlen: int, programs: int, config: configs.Config, x: Tensor) -> int:
-    """Tokens a segment: whole sequences where they fill the GPU, else enough segments for every multiprocessor."""
-    wanted = OCCUPANCY * _triton.multiprocessors(x.device)
-    if programs >= wanted // 2:
-        return (seqlen // config.chunk + 2) * config.chunk
-    length = triton.cdiv(seqlen, triton.cdiv(wanted, max(programs, 1)))
-    return max(triton.cdiv(length, config.chunk) * config.chunk, SHORTEST_SEGMENT)
+    def last_states(self) -> Tensor:
+        """Room for one state a sequence."""
+        shape = (self.plan.sequences.shape[0], *self.x.shape[2:], self.B.shape[3])
+        return torch.empty(shape, dtype=torch.float32, device=self.x.device)
 
 
 def forward(
@@ -397,10 +474,12 @@ def forward(
         return torch.empty_like(x), no_tokens(x, B, initial_states, cu_seqlens)
     with _triton.on_device(x):
         x, B, C = (_triton.rows_last(t) for t in (x, B, C))
-        call = Call.prepare(x, dt, decay, B, C, dt_bias, cu_seqlens, dt_softplus, dt_min, dt_max)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        initial = None if initial_states is None else initial_states.contiguous()
-        return y, call.run(x, initial, y, D)
+        call = Call(x, dt, decay, B, C, dt_bias, cu_seqlens is None, dt_softplus, (dt_min, dt_max))
+        call.prepare(cu_seqlens, None, D, initial_states)
+        y, final = torch.empty(x.shape, dtype=x.dtype, device=x.device), call.last_states()
+        starts = call.entries(x, None if initial_states is None else initial_states.contiguous())
+        call.scan(x, starts, final, out=y, D=D)
+        return y, final
 
 
 def no_tokens(x: Tensor, B: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -459,13 +538,23 @@ def step(
     x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B, C))
     z = z if z is None or z.stride(-1) == 1 else z.contiguous()
     skip = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
-    rows = min(configs.power_of_two(headdim), STEP_ROWS)
+    rows, limit = min(configs.power_of_two(headdim), STEP_ROWS), (dt_min, dt_max)
+    tensors = (state.contiguous(), x, dt, A, B, C, D, z, dt_bias)
+    key = (x.device, dt_softplus, limit, *map(_triton.kind, tensors))
+    launcher = _STEPS.get(key)
+    if launcher is None:
+        if len(_STEPS) >= MOST_FAMILIES:
+            _STEPS.clear()
+        launcher = _STEPS[key] = _triton.Launcher()
     with _triton.on_device(x):
-        step_kernel[(nheads * triton.cdiv(headdim, rows), batch)](
-            state.contiguous(), x, dt, A, B, C, D, z, dt_bias, y, following, dt_min, dt_max, *x.stride()[:2],
-            *dt.stride(), *B.stride()[:2], *C.stride()[:2], *((0, 0) if z is None else z.stride()[:2]), *skip,
-            nheads, nheads // B.shape[1], headdim, d_state, P=rows, N=configs.power_of_two(d_state),
-            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus,
-            CLAMP=(dt_min, dt_max) != (0.0, math.inf), num_warps=4,
+        launcher(
+            step_kernel, (nheads * _triton.cdiv(headdim, rows), batch),
+            (*tensors, y, following, *limit, *x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2],
+             *((0, 0) if z is None else z.stride()[:2]), *skip, nheads, nheads // B.shape[1], headdim, d_state),
+            P=rows, N=configs.power_of_two(d_state), HAS_D=D is not None, HAS_Z=z is not None,
+            HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus, CLAMP=limit != (0.0, math.inf), num_warps=4,
         )  # fmt: skip
     return y, following
+
+
+_STEPS: dict[Hashable, _triton.Launcher] = {}

@@ -66,8 +66,7 @@ def test_tiles(tile: str) -> None:
 def test_split_sequences(lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from dualscan.ops.ssd import triton_scan
 
-    monkeypatch.setattr(triton_scan, "SHORTEST_SEGMENT", 64)
-    monkeypatch.setattr(triton_scan, "OCCUPANCY", 1000)
+    monkeypatch.setattr(triton_scan, "_segment", lambda *_: 64)
     problem = ssd_problem(batch=1, seqlen=200, nheads=2, ngroups=1, lengths=lengths, D="scalar", states=True)
     compare(problem, torch.float32)
 
