@@ -295,8 +295,7 @@ def _parameter_gradients(call: Call, dy: Tensor, S: Tensor, G: Tensor, D: Tensor
         described = (tiles(x), tiles(dy), tiles(B, n), tiles(C, n), states(S), states(G))
         call.launch(
             triton_hopper.gradient_hopper_kernel, (2 * nchunks, ngroups * parts),
-            (*described, dB, dC, reads, dscale, inner, products, overlaps, call.scale, call.sums, dB.stride(0), *sizes,
-             x.shape[1]),
+            (*described, dB, dC, reads, dscale, inner, products, overlaps, call.scale, call.sums, dB.stride(0), *sizes),
             Q=config.chunk, N=n, P=p, BLOCKS=blocks, num_warps=4,
         )  # fmt: skip
         sides = ()

@@ -76,8 +76,7 @@ def scan_hopper_kernel(
     h = gl.program_id(0) // blocks
     block = gl.program_id(0) % blocks
     column = block * P
-    # The states that the backward scan wrote last are still in the L2 cache: where they are read, begin with them.
-    segment = gl.num_programs(1) - 1 - gl.program_id(1) if KEPT else gl.program_id(1)
+    segment = gl.program_id(1)
     batch = gl.load(segments + segment * 6)
     start = gl.load(segments + segment * 6 + 1)
     end = gl.load(segments + segment * 6 + 2)
@@ -126,9 +125,6 @@ def scan_hopper_kernel(
     next_cs = gl.load(sums + place + q_flat)
     next_s = gl.load(scale + place + q_flat)
     next_last = gl.load(sums + place + Q - 1)
-    low = state.to(dtype)
-    if SAVE:
-        low_smem.permute((1, 0)).store(low)
     for turn in range(nchunks):
         c = opening + turn * step
         slot = turn % 2
@@ -141,14 +137,12 @@ def scan_hopper_kernel(
         cs_smem.store(next_cs)
         s_smem.store(next_s)
         share_smem.store(gl.exp2(next_cs) if REVERSE else gl.exp2(last - next_cs) * next_s)
-        if OUTPUT or SAVE:
+        if OUTPUT:
             fence_async_shared()
         gl.thread_barrier()
-        # Every warp is past the chunk before: its output and state leave, and its slot is fetched into.
+        # Every warp is past the chunk before: its output leaves, and its slot is fetched into.
         if OUTPUT and turn > 0:
             tma.async_copy_shared_to_global(out, [first_row + (c - step) * Q, v_column], out_smem)
-        if SAVE:
-            tma.async_copy_shared_to_global(saved, [lane * N, column], low_smem)
         fetch_chunk(
             query, key, value, counterpart, u_smem, k_smem, v_smem, g_smem, full, 1 - slot,
             first_row + (c + step) * Q, u_column, v_column, (lane + step * nheads) * N, column, more, OUTPUT, KEPT,
@@ -157,6 +151,11 @@ def scan_hopper_kernel(
             mbarrier.wait(full[3].index(slot), phase)
             other = g_smem.index(slot).permute((1, 0)).load(wide).to(gl.float32)
             gl.store(kept + (lane * blocks + block).to(gl.int64) * P + p - column, gl.sum(other * state, 1))
+        low = state.to(dtype)
+        if SAVE:
+            # The state before has left; the output after it may still be on the way.
+            tma.store_wait(1 if OUTPUT else 0)
+            low_smem.permute((1, 0)).store(low)
         # Before any product is in flight: the compiler waits for all of them where an accumulator is touched.
         state = state * gl.exp2(last)
         mbarrier.wait(full[0].index(slot), phase)
@@ -164,9 +163,8 @@ def scan_hopper_kernel(
             mbarrier.wait(full[2].index(slot), phase)
             u = u_smem.index(slot).permute((1, 0))
             weights = warpgroup_mma(k, u, gl.zeros([Q, Q], gl.float32, mma), use_acc=False, is_async=True)
-            y = warpgroup_mma(
-                gl.convert_layout(low, left), u, gl.zeros([P, Q], gl.float32, mma), use_acc=False, is_async=True
-            )
+            low = gl.convert_layout(low, left)
+            y = warpgroup_mma(low, u, gl.zeros([P, Q], gl.float32, mma), use_acc=False, is_async=True)
         mbarrier.wait(full[1].index(slot), phase)
         x = v.permute((1, 0)).load(left)
         share = share_smem.load(gl.SliceLayout(0, left))
@@ -187,22 +185,22 @@ def scan_hopper_kernel(
             else:
                 mask = gl.exp2(gl.where(i >= j, cs_i - cs_j, float("-inf"))) * s_smem.load(rows)[:, None]
             w_smem.store((weights * mask).to(dtype))
+        if OUTPUT or SAVE:
             fence_async_shared()
             gl.thread_barrier()
+        if SAVE:
+            tma.async_copy_shared_to_global(saved, [lane * N, column], low_smem)
+        if OUTPUT:
             y = warpgroup_mma(x, w_smem, y, is_async=True)
             y, state = warpgroup_mma_wait(0, deps=[y, state])
             if REVERSE:
                 y = y * s_smem.load(cols)[None, :]
             if HAS_D:
                 y = y + skip[:, None] * gl.convert_layout(x, mma).to(gl.float32)
-            tma.store_wait(0)
+            tma.store_wait(1 if SAVE else 0)
             out_smem.permute((1, 0)).store(y.to(dtype))
         else:
             state = warpgroup_mma_wait(0, deps=[state])
-            tma.store_wait(0)
-        low = state.to(dtype)
-        if SAVE:
-            low_smem.permute((1, 0)).store(low)
     if OUTPUT:
         fence_async_shared()
         gl.thread_barrier()
@@ -366,17 +364,14 @@ def fetch_head(
 @gluon.jit
 def gradient_hopper_kernel(
     x, dy, B, C, S, G, dB, dC, reads, dscale, inner, products, overlaps, scale, sums,
-    out_part, nheads, heads_per_group, heads_per_program, headdim, d_state, padded, seqlen,
+    out_part, nheads, heads_per_group, heads_per_program, headdim, d_state, padded,
     Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, BLOCKS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """`gradient_kernel`, both sides in one launch: neighbouring programs read the same tiles of x and dy.
 
-    Grid `(2 * chunks, groups * parts)`; chunks lie evenly in the batch. The order is that in which the states were
-    written, backwards: of the first sequences, then of their last chunks, the L2 cache still has some.
+    Grid `(2 * chunks, groups * parts)`; chunks lie evenly in the batch.
     """
-    turn = gl.program_id(0) // 2
-    per_row = seqlen // Q
-    chunk = turn - turn % per_row + per_row - 1 - turn % per_row
+    chunk = gl.program_id(0) // 2
     parts = heads_per_group // heads_per_program
     group = gl.program_id(1) // parts
     part = gl.program_id(1) % parts
