@@ -94,7 +94,7 @@ class Decoder:
     def __call__(self) -> None:
         with torch.inference_mode():
             if self.ours:
-                logits, self.state = self.model(self.token, state=self.state)
+                logits, self.state = self.model(self.token, state=self.state, reuse_state=True)
             else:
                 out = self.model(self.token, cache_params=self.state, use_cache=True)
                 logits, self.state = out.logits, out.cache_params

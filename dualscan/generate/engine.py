@@ -127,7 +127,7 @@ def stream(
             return
         if seen is not None:
             seen = seen.scatter(1, tokens[:, None], True)
-        logits, state = model(tokens[:, None], state=state)
+        logits, state = model(tokens[:, None], state=state, reuse_state=True)
         logits = logits[:, -1, :vocab_size]
 
 

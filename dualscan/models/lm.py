@@ -80,14 +80,17 @@ class MambaLM(nn.Module):
         state: tuple[Any, ...] | None = None,
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int = 0,
+        reuse_state: bool = False,
     ) -> LMOutput:
         """Logits of the next token, and the state after the last one.
 
         Args:
             tokens: `(batch, seqlen)` int64.
-            state: of a previous call, or None at the start; not modified.
+            state: of a previous call, or None at the start; not modified, unless `reuse_state`.
             cu_seqlens: `(nseq + 1,)` int32 boundaries of sequences packed along time; batch must be 1.
             logits_to_keep: computes only the last so many positions' logits; 0 computes all.
+            reuse_state: the next state may take the place of `state` in memory, which must not be used any more;
+                saves a decoding step a third of the state's traffic.
 
         Returns:
             `LMOutput(logits, state)`.
@@ -98,13 +101,18 @@ class MambaLM(nn.Module):
         """
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative; 0 keeps all.")
-        hidden, state = self.hidden_states(tokens, state=state, cu_seqlens=cu_seqlens)
+        hidden, state = self.hidden_states(tokens, state=state, cu_seqlens=cu_seqlens, reuse_state=reuse_state)
         if logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         return LMOutput(project(hidden, self.output_weight), state)
 
     def hidden_states(
-        self, tokens: Tensor, *, state: tuple[Any, ...] | None = None, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        *,
+        state: tuple[Any, ...] | None = None,
+        cu_seqlens: Tensor | None = None,
+        reuse_state: bool = False,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """The normalised hidden states `(batch, seqlen, d_model)` before the output projection, and the state."""
         if tokens.ndim != 2:
@@ -118,7 +126,7 @@ class MambaLM(nn.Module):
             h = h.float()
         states = []
         for i, block in enumerate(self.layers):
-            h, layer_state = block(h, None if state is None else state[i], cu_seqlens)
+            h, layer_state = block(h, None if state is None else state[i], cu_seqlens, reuse_state=reuse_state)
             states.append(layer_state)
         return self.norm_f(h).to(self.output_weight.dtype), tuple(states)
 

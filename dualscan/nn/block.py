@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualscan.nn.mamba2 import Mamba2
 from dualscan.nn.norm import RMSNorm
 
 
@@ -22,8 +23,17 @@ class Block(nn.Module):
         self.norm = RMSNorm(d_model, eps=norm_eps)
         self.mixer = mixer
 
-    def forward(self, h: Tensor, state: Any = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
-        """Adds the mixer's output to `(batch, seqlen, d_model)` and passes its state on."""
+    def forward(
+        self, h: Tensor, state: Any = None, cu_seqlens: Tensor | None = None, *, reuse_state: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Adds the mixer's output to `(batch, seqlen, d_model)` and passes its state on.
+
+        With `reuse_state` the given state is not needed any more, and the next one may take its place in memory.
+        """
+        if cu_seqlens is None and state is not None and h.shape[1] == 1 and isinstance(self.mixer, Mamba2):
+            stepped = self.mixer.block_step(self.norm, h, state, reuse_state=reuse_state)
+            if stepped is not None:
+                return stepped
         y, state = self.mixer(self.norm(h).to(self.compute_dtype), state, cu_seqlens)
         return h + y, state
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualscan.ops import decode
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -33,10 +35,10 @@ class Float32Parameters(nn.Module):
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, through a matrix-vector product where there is a single row on a CPU.
+    """`F.linear`, by a kernel of its own where there are few rows on a CPU.
 
-    A one-token decode step is bound by reading the weights. On a CPU the matrix-vector kernel reads bfloat16 weights at
-    about twice the rate of the general matrix product, which packs its operands first.
+    A one-token decode step is bound by reading the weights, and a general matrix product packs its operands first.
+    Without Numba a single row takes the matrix-vector product, which reads bfloat16 at about twice the rate.
 
     Args:
         x: `(..., in)`.
@@ -46,10 +48,16 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         `(..., out)`.
     """
-    one_row = x.numel() == x.shape[-1] and x.device.type == "cpu" and x.dtype == weight.dtype
-    if not one_row or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if x.numel() > decode.MOST_ROWS * x.shape[-1] or x.device.type != "cpu" or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
-    y = torch.mv(weight, x.reshape(-1))
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) and decode.runs(rows, weight, bias):
+        return decode.project(rows, weight, bias).view(*x.shape[:-1], -1)
+    if len(rows) != 1:
+        return F.linear(x, weight, bias)
+    y = torch.mv(weight, rows[0])
     if bias is not None:
         y = y + bias
     return y.view(*x.shape[:-1], -1)

@@ -16,6 +16,7 @@ from dualscan.ops import decode
 
 if TYPE_CHECKING:
     from dualscan.nn.mamba2 import Mamba2
+    from dualscan.nn.norm import RMSNorm
 
 
 def mamba2_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,25 +31,53 @@ def mamba2_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[
     Returns:
         y `(batch, 1, d_model)` and the next conv and ssm states; the given ones are not modified.
     """
-    parameters = decode.Parameters(
-        mixer.in_proj.weight,
-        mixer.in_proj.bias,
-        mixer.conv1d.weight,
-        mixer.conv1d.bias,
-        mixer.A_log,
-        mixer.dt_bias,
-        mixer.D,
-        mixer.norm.weight,
-        mixer.out_proj.weight,
-        mixer.out_proj.bias,
+    arguments = _kernel_arguments(mixer, u, conv, ssm)
+    if arguments is None:
+        return _portable_step(mixer, u, conv, ssm)
+    y, *states = decode.mamba2_step(u[:, 0].float().contiguous(), conv, ssm, *arguments)
+    return y.to(u.dtype).unsqueeze(1), *states
+
+
+def mamba2_block_step(
+    mixer: "Mamba2", norm: "RMSNorm", h: Tensor, conv: Tensor, ssm: Tensor, *, reuse_state: bool
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`h + mixer(norm(h))` for one token of the residual stream, or None where the kernel does not run.
+
+    Args:
+        mixer: the layer.
+        norm: before it.
+        h: `(batch, 1, d_model)` float32.
+        conv: as in `mamba2_step`.
+        ssm: as in `mamba2_step`.
+        reuse_state: the next ssm state may take the place of the given one.
+
+    Returns:
+        The residual stream after the layer, and the next states.
+    """
+    arguments = None
+    if h.dtype == norm.weight.dtype == torch.float32:
+        arguments = _kernel_arguments(mixer, h, conv, ssm)
+    if arguments is None:
+        return None
+    y, *states = decode.mamba2_step(
+        h[:, 0].contiguous(), conv, ssm, *arguments, (norm.weight, norm.eps), reuse_state=reuse_state
     )
-    if decode.supports(u[:, 0], conv, ssm, parameters):
-        norm = mixer.norm
-        norm_groups = mixer.d_inner // (norm.group_size or mixer.d_inner)
-        sizes = decode.Sizes(mixer.ngroups, norm_groups, norm.norm_before_gate, norm.eps, mixer.dt_limit)
-        y, *states = decode.mamba2_step(u[:, 0], conv, ssm, parameters, sizes)
-        return y.unsqueeze(1), *states
-    return _portable_step(mixer, u, conv, ssm)
+    return y.unsqueeze(1), *states
+
+
+def _kernel_arguments(
+    mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor
+) -> tuple[decode.Parameters, decode.Sizes] | None:
+    """What the kernel wants to know of the mixer; None where it does not run."""
+    in_proj, conv1d, norm, out_proj = mixer.in_proj, mixer.conv1d, mixer.norm, mixer.out_proj
+    parameters = decode.Parameters(
+        *(in_proj.weight, in_proj.bias, conv1d.weight, conv1d.bias),
+        *(mixer.A_log, mixer.dt_bias, mixer.D, norm.weight, out_proj.weight, out_proj.bias),
+    )
+    if torch.compiler.is_compiling() or not decode.supports(u.shape[0], conv, ssm, parameters):
+        return None
+    norm_groups = mixer.d_inner // (norm.group_size or mixer.d_inner)
+    return parameters, decode.Sizes(mixer.ngroups, norm_groups, norm.norm_before_gate, norm.eps, mixer.dt_limit)
 
 
 def _portable_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,12 +3,15 @@
 The other tests compare the operators with everything else.
 """
 
+import copy
 import math
 
 import pytest
 import torch
 
+from dualscan.nn.block import Block
 from dualscan.nn.mamba2 import Mamba2, Mamba2State
+from dualscan.nn.precision import project
 from dualscan.ops.decode import MOST_ROWS
 from tests.oracle import assert_close
 
@@ -65,3 +68,42 @@ def test_step_under_autocast_keeps_the_state_in_float32() -> None:
             _, after = layer(torch.randn(1, 1, 32), state)
     assert after.ssm.dtype == torch.float32
     assert math.isfinite(after.ssm.sum().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 3, MOST_ROWS + 1])
+def test_the_block_steps_as_its_parts(dtype: torch.dtype, batch: int) -> None:
+    block = Block(32, Mamba2(32, d_state=12, headdim=8), norm_eps=1e-3).to(dtype)
+    torch.nn.init.normal_(block.norm.weight)
+    h = torch.randn(batch, 6, 32)
+    with torch.no_grad():
+        _, state = block(h[:, :5])
+        out, after = block(h[:, 5:], state)
+        kept = Mamba2State(*(t.clone() for t in state))
+        again, after_again = block(h[:, 5:], kept, reuse_state=True)
+    assert torch.equal(out, again)
+    assert all(torch.equal(a, b) for a, b in zip(after, after_again, strict=True))
+    assert (after_again.ssm.data_ptr() == kept.ssm.data_ptr()) == (batch <= MOST_ROWS)
+    operators, operators_after = block(h[:, 5:], state)
+    exact = copy.deepcopy(block).double()
+    expected, expected_after = exact(h[:, 5:].double(), Mamba2State(*(t.double() for t in state)))
+    assert out.dtype == torch.float32
+    assert_close("out", out, expected, dtype=dtype, yardstick=operators)
+    for name in Mamba2State._fields:
+        yardstick = getattr(operators_after, name)
+        assert_close(name, getattr(after, name), getattr(expected_after, name), dtype=dtype, yardstick=yardstick)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 37), (2, 1, 64), (MOST_ROWS + 1, 16), (0, 16)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_projections_of_few_rows(shape: tuple[int, ...], dtype: torch.dtype, bias: bool) -> None:
+    layer = torch.nn.Linear(shape[-1], 23, bias=bias).to(dtype)
+    x = torch.randn(shape, dtype=dtype)
+    with torch.no_grad():
+        y = project(x, layer.weight, layer.bias)
+        exact = torch.nn.functional.linear(
+            x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double()
+        )
+    assert y.dtype == dtype
+    assert_close("y", y, exact, dtype=dtype, yardstick=layer(x))

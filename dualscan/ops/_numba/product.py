@@ -86,6 +86,8 @@ _wide_tile, _narrow_tile = _tile(2), _tile(1)
 
 # Rows of a matrix that a matrix-vector product reads side by side, each with two vectors of sums.
 DOT_ROWS = 4
+# How many rows ahead the matrix is fetched: rows are short, and the CPU's own prefetcher starts anew on every page.
+ROWS_AHEAD = 32
 
 
 @intrinsic
@@ -98,6 +100,10 @@ def _dot_tile(_typing, out, w, ldw, x, steps):
         fma = function(builder, f"llvm.fma.v{LANES}f32", vector, [vector] * 3)
         add = function(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", FLOAT, [FLOAT, vector])
         narrow = ir.VectorType(HALF, LANES)
+        pointer = ir.IntType(8).as_pointer()
+        prefetch = function(builder, "llvm.prefetch.p0i8", ir.VoidType(), [pointer, INT, INT, INT])
+        hints = INT(0), INT(2), INT(1)  # for reading, into the second-level cache, data
+        distance = builder.mul(ldw, wide(ROWS_AHEAD))
 
         def read(base: Any, offset: Any, half: bool) -> Any:
             place = builder.gep(base, [offset])
@@ -116,6 +122,8 @@ def _dot_tile(_typing, out, w, ldw, x, steps):
                 offset = builder.add(builder.mul(loop.index, wide(2 * LANES)), wide(v * LANES))
                 right = read(x_at, offset, False)
                 for r in range(DOT_ROWS):
+                    ahead = builder.gep(rows[r], [builder.add(offset, distance)])
+                    builder.call(prefetch, (builder.bitcast(ahead, pointer), *hints))
                     left = read(rows[r], offset, w.dtype == types.uint16)
                     builder.store(builder.call(fma, (left, right, builder.load(sums[r, v]))), sums[r, v])
         for r in range(DOT_ROWS):

@@ -1,7 +1,7 @@
-"""One token through a Mamba-2 mixer as one kernel: projections, convolution, state update, gate and norm.
+"""Decoding on a CPU: a product with few vectors, and one token through a Mamba-2 mixer as one kernel.
 
-`dualscan.nn.step` is the specification. The kernel reads the weights and the state once; beside them nothing of a
-decoding step takes time.
+`dualscan.nn.step` is the specification of the latter. The kernels read the weights and the state once; beside that,
+nothing of a decoding step takes time.
 """
 
 from typing import NamedTuple
@@ -40,34 +40,73 @@ class Sizes(NamedTuple):
     dt_limit: tuple[float, float]
 
 
-def supports(u: Tensor, conv: Tensor, ssm: Tensor, parameters: Parameters) -> bool:
-    """Whether the kernel takes these tensors: on a CPU, few rows, one dtype for the weights, in plain order."""
-    if u.shape[0] > MOST_ROWS or _numba.obstacle(u.device) is not None or _numba.unsupported(u.dtype) is not None:
-        return False
-    exact = ssm, parameters.A_log, parameters.dt_bias, parameters.D, parameters.norm_weight
-    low = u, conv, *(t for t in parameters if t is not None and not any(t is other for other in exact))
+def runs(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether the kernels take few rows `x` (rows, size) and weights of its dtype: on a CPU, in plain order."""
     return (
-        all(t.dtype == torch.float32 for t in exact)
-        and all(t.dtype == u.dtype for t in low)
-        and all(t.is_contiguous() for t in (u, ssm, *(t for t in parameters if t is not None)))
+        x.shape[0] <= MOST_ROWS
+        and _numba.obstacle(x.device) is None
+        and x.dtype in _numba.DTYPES
+        and all(t.dtype == x.dtype and t.is_contiguous() for t in (x, *weights) if t is not None)
+    )
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x weight^T + bias` of tensors that `runs` accepts, with float32 sums: every row of the weight is read once.
+
+    Args:
+        x: `(rows, in)`.
+        weight: `(out, in)`.
+        bias: `(out,)`.
+
+    Returns:
+        `(rows, out)` like x.
+    """
+    from dualscan.ops.decode import numba_step
+
+    return numba_step.project(x, weight, bias)
+
+
+def supports(rows: int, conv: Tensor, ssm: Tensor, parameters: Parameters) -> bool:
+    """Whether the step's kernel takes these tensors: on a CPU, few rows, one dtype for the weights, in plain order."""
+    low = (
+        *(parameters.in_weight, parameters.in_bias, parameters.conv_weight, parameters.conv_bias),
+        *(parameters.out_weight, parameters.out_bias),
+    )
+    exact = ssm, parameters.A_log, parameters.dt_bias, parameters.D, parameters.norm_weight
+    return (
+        rows <= MOST_ROWS
+        and _numba.obstacle(ssm.device) is None
+        and conv.dtype in _numba.DTYPES
+        and all(t.dtype == conv.dtype and t.is_contiguous() for t in low if t is not None)
+        and all(t.dtype == torch.float32 and t.is_contiguous() for t in exact)
     )
 
 
 def mamba2_step(
-    u: Tensor, conv: Tensor, ssm: Tensor, parameters: Parameters, sizes: Sizes
+    u: Tensor,
+    conv: Tensor,
+    ssm: Tensor,
+    parameters: Parameters,
+    sizes: Sizes,
+    norm: tuple[Tensor, float] | None = None,
+    *,
+    reuse_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mixes one token of tensors that `supports` accepts.
 
     Args:
-        u: `(batch, d_model)`.
+        u: `(batch, d_model)` float32, contiguous.
         conv: `(batch, channels, d_conv - 1)`, any strides.
         ssm: `(batch, nheads, headdim, d_state)` float32.
         parameters: of the layer.
         sizes: of the layer.
+        norm: the float32 weight and the epsilon of the RMSNorm before the mixer. Then u is the residual stream: it is
+            normalised, mixed, and added to the result.
+        reuse_state: writes the next ssm state over the given one, which saves a third of the state's traffic.
 
     Returns:
-        y like u, and the next conv and ssm states; the given ones are not modified.
+        y like u, and the next conv and ssm states; the given ones are not modified, unless `reuse_state`.
     """
     from dualscan.ops.decode import numba_step
 
-    return numba_step.step(u, conv, ssm, parameters, sizes)
+    return numba_step.step(u, conv, ssm, parameters, sizes, norm, reuse_state)
