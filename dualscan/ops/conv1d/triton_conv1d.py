@@ -27,7 +27,7 @@ from dualscan.ops._launch import Launcher, row_alignment
 from dualscan.ops.triton_common import sigmoid, silu_slope, sum_partials
 
 # Channels of a program, warps and rows loaded at once: (forward, backward).
-TILES = ((128, 1, 8), (64, 1, 8))
+TILES = ((256, 4, 8), (128, 1, 4))
 # Programs that a multiprocessor should find, and the fewest tokens worth a segment: each reads `halo` rows twice.
 OCCUPANCY = 32
 SHORTEST_SEGMENT = 32

@@ -23,7 +23,7 @@ from dualscan.ops.triton_common import sigmoid, silu_slope, sum_partials
 # Elements of a tile and of a thread: (forward, backward); and the backward's warps on a multiprocessor.
 TILE = (2048, 1024)
 THREAD = (40, 20)
-RESIDENT_WARPS = 16
+RESIDENT_WARPS = 24
 MOST_CHUNKS = 8
 # A gate: none, before the norm, after it.
 PLAIN, GATE_FIRST, GATE_LAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

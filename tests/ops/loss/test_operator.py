@@ -57,7 +57,7 @@ def test_compiles_without_a_break(reduction: Any, dynamic: bool):
     for tokens in (5, 9):
         tensors, target, _ = problem(shape=(2, tokens))
         leaves = [t.requires_grad_() for t in tensors.values()]
-        actual, expected = compiled(*leaves, target), step(*leaves, target)
+        actual, expected = (run(tensors["x"], tensors["weight"], target) for run in (compiled, step))
         assert_close("loss", actual, expected, dtype=torch.float64)
         for a, e in zip(*(torch.autograd.grad(loss, leaves) for loss in (actual, expected)), strict=True):
             assert_close("gradient", a, e, dtype=torch.float64, gradient=True)
