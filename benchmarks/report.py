@@ -87,7 +87,56 @@ def lm_cpu_lengths() -> str:
     return markdown(["prompt tokens", "fp32", "bf16"], rows) + _origin(records)
 
 
-TABLES: dict[str, Callable[[], str]] = {"lm_cpu": lm_cpu, "lm_cpu_lengths": lm_cpu_lengths}
+PASSES = {"fwd": "forward", "fwdbwd": "forward + backward", "step": "one token"}
+
+
+def _ssd_run(rival: bool) -> list[Record]:
+    """The records of the commit that was measured with rivals, or of the one without: a table never mixes two."""
+    commits: dict[str, list[Record]] = {}
+    for entry in load("ssd"):
+        commits.setdefault(entry["commit"], []).append(entry)
+    matches = [each for each in commits.values() if any(r["impl"] == "mamba_ssm" for r in each) == rival]
+    if len(matches) != 1:
+        raise ValueError(
+            f"{len(matches)} commits of the job ssd measured {'with' if rival else 'without'} rivals; keep one."
+        )
+    return matches[0]
+
+
+def ssd() -> str:
+    """SSD on a GPU beside its rivals: kernel times."""
+    records = _ssd_run(rival=True)
+    rows = []
+    for r in records:
+        words = [f"{r['shape']}, {PASSES[r['pass']]}", r["impl"], f"{r['kernel_ms']:.4g} ms"]
+        ratio = f"{r['ratio']:.2f}x" if "ratio" in r and r["impl"] == "dualscan" else ""
+        floor = f"{r['kernel_ms'] / r['floor_ms']:.2f}" if "floor_ms" in r else ""
+        memory = f"{r['peak_mib']:.0f} MiB" if "peak_mib" in r else ""
+        rows.append([*words, ratio, floor, memory])
+    header = ["", "", "kernels", "to mamba_ssm", "of the bytes' time", "peak memory"]
+    return markdown(header, rows) + _origin(records)
+
+
+def ssd_shapes() -> str:
+    """SSD on a GPU: every shape, without rivals."""
+    records = _ssd_run(rival=False)
+    rows = []
+    for shape in dict.fromkeys(r["shape"] for r in records):
+        forward, both = (_find(records, shape=shape, **{"pass": pass_}) for pass_ in ("fwd", "fwdbwd"))
+        times = [f"{r['kernel_ms']:.4g} ms" for r in (forward, both)]
+        wrong = both.get("error", {})
+        errors = [f"{wrong[name]:.1e}" if name in wrong else "" for name in ("y", "dx", "dB", "dA")]
+        rows.append([shape, *times, f"{both['peak_mib']:.0f} MiB", *errors])
+    header = ["", "forward", "forward + backward", "peak memory", "error of y", "dx", "dB", "dA"]
+    return markdown(header, rows) + _origin(records)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "lm_cpu": lm_cpu,
+    "lm_cpu_lengths": lm_cpu_lengths,
+    "ssd": ssd,
+    "ssd_shapes": ssd_shapes,
+}
 
 
 def fill(text: str) -> str:
