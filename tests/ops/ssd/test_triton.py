@@ -1,5 +1,6 @@
 """The kernels against the float64 recurrence: in Triton's interpreter (float32, float16), on a GPU as they are."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -66,9 +67,56 @@ def test_tiles(tile: str) -> None:
 def test_split_sequences(lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from dualscan.ops.ssd import triton_scan
 
+    monkeypatch.setattr(triton_scan, "_FAMILIES", {})
     monkeypatch.setattr(triton_scan, "_segment", lambda *_: 64)
     problem = ssd_problem(batch=1, seqlen=200, nheads=2, ngroups=1, lengths=lengths, D="scalar", states=True)
     compare(problem, torch.float32)
+
+
+def test_segments_fill_the_gpu() -> None:
+    from dualscan.ops.ssd.triton_scan import SHORTEST_SEGMENT, _segment
+
+    # Enough sequences and heads: a segment holds any of them whole. Too few: several, of whole chunks.
+    assert _segment(2048, 640, 64, 132) > 2048
+    for seqlen, programs in ((16384, 80), (4096, 24), (131072, 80), (100_001, 1)):
+        segment = _segment(seqlen, programs, 64, 132)
+        assert segment % 64 == 0
+        assert SHORTEST_SEGMENT <= segment <= seqlen // 2
+    assert _segment(300, 1, 64, 132) > 300
+    assert _segment(300, 0, 64, 132) > 300
+
+
+def test_a_packed_plan_lives_as_long_as_its_boundaries() -> None:
+    def table(bounds: Tensor) -> _triton.Plan:
+        return _triton.plan(bounds, 1, 100, 32, 128, bounds.device)
+
+    bounds = torch.tensor([0, 40, 100], dtype=torch.int32, device=DEVICE)
+    first = table(bounds)
+    assert table(bounds) is first
+    assert table(bounds.clone()) is not first
+    bounds[1] = 70
+    changed = table(bounds)
+    assert changed.sequences.shape == first.sequences.shape
+    assert changed.segments[:, 2].tolist() == [70, 100]
+    assert first.segments[:, 2].tolist() == [40, 100]
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 150, 150, 151, 400]])
+def test_edges_of_sequences(bounds: list[int] | None) -> None:
+    packed = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    batch = 2 if bounds is None else 1
+    plan = _triton.plan(packed, batch, 400, 32, 128, torch.device("cpu"))
+    lengths = [400, 400] if bounds is None else [end - start for start, end in itertools.pairwise(bounds)]
+    for i, length in enumerate(lengths):
+        own = plan.segments[plan.segments[:, 4] == i]
+        assert (own[:, 2] - own[:, 1]).sum() == length
+        real = own[own[:, 5] > 0] if len(own) > 1 else own
+        assert (real[0, 5] & 1, real[-1, 5] & 2) == (1, 2)
+        # Each sequence has one first and one last segment, and no other says that it is.
+        assert (own[:, 5] & 1).sum() == 1
+        assert (own[:, 5] & 2).sum() == 2
+    if bounds is None:
+        assert plan.before.shape[0] == plan.segments.shape[0] - batch == plan.after.shape[0]
 
 
 def test_views_of_one_projection() -> None:
@@ -82,6 +130,18 @@ def test_views_of_one_projection() -> None:
     # A broadcast gradient, as y.sum() gives, and transposed inputs.
     x = t["x"].transpose(-1, -2).contiguous().transpose(-1, -2)
     compare(replace(problem.having(x=x), dy=torch.ones(1).expand(problem.dy.shape)), torch.float32)
+
+
+def test_alignment_is_no_secret() -> None:
+    # The same sizes and strides at an odd address, then at an even one again: compiled kernels are kept by both.
+    problem = ssd_problem(batch=1, seqlen=64, nheads=2, headdim=16, ngroups=1, d_state=16)
+    x = problem.tensors["x"]
+    on_gpu = on_device(problem)
+    moved = torch.empty(x.numel() + 1, device=DEVICE)[1:].view(x.shape).copy_(x)
+    assert moved.data_ptr() % 16
+    oracle = evaluate(on_gpu.double(), impl="recurrent")
+    for variant in (on_gpu, on_gpu.having(x=moved), on_gpu):
+        assert_matches(evaluate(variant, impl="triton"), oracle, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("options", [{}, {"D": "vector", "z": True, "dt_bias": True, "dt_limit": (0.1, 0.9)}])
