@@ -376,6 +376,7 @@ def forward(
     if x.numel() == 0:
         return y, _unchanged(final, initial_states)
     states = (0, 0, 0) if initial_states is None else initial_states.stride()
+    bias, cu_seqlens = _dense(bias), _dense(cu_seqlens)
     present = (silu, bias is not None, initial_states is not None)
     with _triton.on_device(x):
         if seqlen == 1 and cu_seqlens is None:
@@ -414,6 +415,7 @@ def backward(
         return dx, dweight.zero_(), absent if dbias is None else dbias.zero_(), dstates
     states = (0, 0, 0) if initial_states is None else initial_states.stride()
     dstates = (0, 0, 0) if dfinal is None else dfinal.stride()
+    bias, cu_seqlens = _dense(bias), _dense(cu_seqlens)
     present = (silu, bias is not None, initial_states is not None, dfinal is not None)
     with _triton.on_device(x):
         cut = _cut(x.shape, x.stride(), dy.stride(), TILES[1], OCCUPANCY * _triton.multiprocessors(x.device))
@@ -427,6 +429,11 @@ def backward(
         sum_partials(partial, dweight, dbias)
     dstates = absent if dinitial is None else dinitial.transpose(1, 2)
     return dx, dweight, absent if dbias is None else dbias, dstates
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    """A vector that the kernels may walk."""
+    return None if t is None else t.contiguous()
 
 
 def _unchanged(states: Tensor, before: Tensor | None) -> Tensor:

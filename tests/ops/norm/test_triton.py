@@ -22,7 +22,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "chunks, gated after": {"shape": (3, 2, 80), "gate": True, "norm_before_gate": True},
     "odd chunks": {"shape": (5, 83)},
     "groups of chunks": {"shape": (3, 160), "gate": True, "group": 80},
-    "many rows": {"shape": (70, 8), "gate": True, "group": 4},
+    "many rows": {"shape": (30, 8), "gate": True, "group": 4},
 }
 ALL = CORNERS | SIZES
 RUNS = [(name, torch.float32) for name in ALL]
