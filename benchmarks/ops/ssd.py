@@ -318,6 +318,26 @@ def first_call() -> list[dict[str, Any]]:
     return records
 
 
+COMPILE = """
+import sys
+from benchmarks.ops import ssd as job
+t = job.inputs(*job.SHAPES[sys.argv[1]], "packed" in sys.argv[1])
+for run in [job.ours, job.rival] if job.rival_package() else [job.ours]:
+    job.gradients(run, t)
+"""
+
+
+def compile_ahead(shapes: list[str]) -> None:
+    """Compiles the kernels of every family of sizes in processes of their own.
+
+    Triton keeps them on disk. The rival tunes itself, which is minutes of compilation for each family otherwise.
+    """
+    families = {(SHAPES[shape][2:], "packed" in shape): shape for shape in reversed(shapes)}
+    processes = [subprocess.Popen([sys.executable, "-c", COMPILE, shape], cwd=ROOT) for shape in families.values()]
+    for process in processes:
+        process.wait()
+
+
 def tests_pass() -> bool:
     """Whether the operator's tests pass on this device."""
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
@@ -345,6 +365,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("the job ssd needs an NVIDIA GPU")
         return 1
+    compile_ahead(args.shapes)
     tested = not args.untested and tests_pass()
     ceiling = ceilings()
     print(f"copy {ceiling[0] / 1e12:.2f} TB/s, bfloat16 product {ceiling[1] / 1e12:.0f} TFLOP/s")
