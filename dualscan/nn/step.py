@@ -34,8 +34,8 @@ def mamba2_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[
     arguments = _kernel_arguments(mixer, u, conv, ssm)
     if arguments is None:
         return _portable_step(mixer, u, conv, ssm)
-    y, *states = decode.mamba2_step(u[:, 0].float().contiguous(), conv, ssm, *arguments)
-    return y.to(u.dtype).unsqueeze(1), *states
+    y, conv, ssm = decode.mamba2_step(u[:, 0].float().contiguous(), conv, ssm, *arguments)
+    return y.to(u.dtype).unsqueeze(1), conv, ssm
 
 
 def mamba2_block_step(
@@ -59,10 +59,10 @@ def mamba2_block_step(
         arguments = _kernel_arguments(mixer, h, conv, ssm)
     if arguments is None:
         return None
-    y, *states = decode.mamba2_step(
+    y, conv, ssm = decode.mamba2_step(
         h[:, 0].contiguous(), conv, ssm, *arguments, (norm.weight, norm.eps), reuse_state=reuse_state
     )
-    return y.unsqueeze(1), *states
+    return y.unsqueeze(1), conv, ssm
 
 
 def _kernel_arguments(

@@ -1,8 +1,12 @@
 """What the kernels for CPUs share: elementwise functions, products, segments and the two ways of launching."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from numba.core import caching
 
 from dualscan.ops import _numba
 from dualscan.ops._numba import launch, product, segments, vector
@@ -135,3 +139,29 @@ def test_the_default_dtype_does_not_matter():
         assert np.array_equal(causal_conv1d(x, weight, impl="numba").y, expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def _increment(p):
+    vector.int64(p[2])[0] += 1
+
+
+def test_where_nothing_can_be_written_kernels_are_compiled_each_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    count = torch.zeros(1, dtype=torch.int64)
+    Kernel(_increment)(count, workers=1)
+    assert count.item() == 1
+
+
+def test_machine_code_older_than_a_source_is_dropped(tmp_path: Path):
+    kept = tmp_path / "ssd" / "__pycache__" / "kernel.nbi"
+    kept.parent.mkdir(parents=True)
+    source = tmp_path / "shared.py"
+    for path in (source, kept):
+        path.write_text("", encoding="utf-8")
+    os.utime(source, (100, 100))
+    os.utime(kept, (200, 200))
+    vector.forget_stale_code(tmp_path)
+    assert kept.exists()
+    os.utime(source, (300, 300))
+    vector.forget_stale_code(tmp_path)
+    assert not kept.exists()

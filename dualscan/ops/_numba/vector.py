@@ -4,7 +4,9 @@ Kernels index raw pointers, as C does: an array's bounds and negative indices wo
 Everything here is plain LLVM arithmetic on one element, which the compiler widens to the CPU's vectors.
 """
 
+from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -28,13 +30,40 @@ barrier = types.ExternalFunction("GOMP_barrier", types.void())
 _ENTRY = types.void(types.CPointer(types.int64))
 
 
+OPERATORS = Path(__file__).parents[1]
+
 # A decorated function takes the arguments that follow the typing context, which a type checker does not know.
 intrinsic: Any = _intrinsic
 
 
+def forget_stale_code(operators: Path) -> None:
+    """Deletes kept machine code that is older than some source file under a folder.
+
+    Numba compares a kernel with its own file only, not with the files of the functions that it has inlined.
+    """
+    newest = max(path.stat().st_mtime for path in operators.rglob("*.py"))
+    for index in operators.rglob("__pycache__/*.nbi"):
+        if index.stat().st_mtime < newest:
+            with suppress(OSError):  # another process was faster, or the folder is read-only
+                index.unlink()
+
+
+forget_stale_code(OPERATORS)
+
+
+def _decorated(decorator: Any, function: Any, *arguments: Any, **options: Any) -> Any:
+    try:
+        return decorator(*arguments, **options)(function)
+    except RuntimeError as error:
+        if "cannot cache function" not in str(error):
+            raise
+        # Neither the package's folder nor the user's cache folder can be written.
+        return decorator(*arguments, **{**options, "cache": False})(function)
+
+
 def device_function(function: Any) -> Any:
     """A function that kernels call."""
-    return numba.njit(**OPTIONS)(function)
+    return _decorated(numba.njit, function, **OPTIONS)
 
 
 class Kernel:
@@ -49,7 +78,7 @@ class Kernel:
     @cached_property
     def _address(self) -> int:
         options = {name: value for name, value in OPTIONS.items() if name != "nogil"}
-        address = numba.cfunc(_ENTRY, **options)(self._function).address
+        address = _decorated(numba.cfunc, self._function, _ENTRY, **options).address
         assert address is not None
         return address
 
@@ -57,7 +86,7 @@ class Kernel:
         launch(self._address, arguments, workers, meet)
 
 
-@numba.njit(**OPTIONS)
+@device_function
 def share(block, items):
     """The range of items that the calling worker does."""
     worker, workers = block[0], block[1]
