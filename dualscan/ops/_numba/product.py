@@ -99,7 +99,7 @@ def _dot_tile(_typing, out, w, ldw, x, steps):
         vector, wide = ir.VectorType(FLOAT, LANES), ir.IntType(64)
         fma = function(builder, f"llvm.fma.v{LANES}f32", vector, [vector] * 3)
         add = function(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", FLOAT, [FLOAT, vector])
-        narrow = ir.VectorType(HALF, LANES)
+        narrow, half = ir.VectorType(HALF, LANES), w.dtype == types.uint16
         pointer = ir.IntType(8).as_pointer()
         prefetch = function(builder, "llvm.prefetch.p0i8", ir.VoidType(), [pointer, INT, INT, INT])
         hints = INT(0), INT(2), INT(1)  # for reading, into the second-level cache, data
@@ -122,9 +122,10 @@ def _dot_tile(_typing, out, w, ldw, x, steps):
                 offset = builder.add(builder.mul(loop.index, wide(2 * LANES)), wide(v * LANES))
                 right = read(x_at, offset, False)
                 for r in range(DOT_ROWS):
-                    ahead = builder.gep(rows[r], [builder.add(offset, distance)])
-                    builder.call(prefetch, (builder.bitcast(ahead, pointer), *hints))
-                    left = read(rows[r], offset, w.dtype == types.uint16)
+                    if v == 0 or not half:  # once a cache line
+                        ahead = builder.gep(rows[r], [builder.add(offset, distance)])
+                        builder.call(prefetch, (builder.bitcast(ahead, pointer), *hints))
+                    left = read(rows[r], offset, half)
                     builder.store(builder.call(fma, (left, right, builder.load(sums[r, v]))), sums[r, v])
         for r in range(DOT_ROWS):
             total = builder.fadd(builder.load(sums[r, 0]), builder.load(sums[r, 1]))
