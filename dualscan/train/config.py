@@ -115,9 +115,9 @@ def demo() -> TrainConfig:
         min_lr_ratio=0.0,
         warmup_steps=20,
         log_every=2,
-        eval_every=100,
+        eval_every=200,
         eval_seqlen=1024,
-        eval_tokens=16384,
+        eval_tokens=2**17,  # all of the held-out play
         save_every=200,
         out=Path("runs/demo"),
     )
