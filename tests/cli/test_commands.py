@@ -119,7 +119,7 @@ def test_env_names_every_operator(command):
     assert code == 0
     report = json.loads(out)
     taken = {(row["operator"], row["device"]): row["takes"] for row in report["operators"]}
-    assert taken["ssd", "cpu"] == "chunked"
+    assert taken["ssd", "cpu"] == "numba"
     assert {"causal_conv1d", "rms_norm", "gated_rms_norm", "ssd_step"} <= {name for name, _ in taken}
     assert report["versions"]["torch"]
     _, shown, _ = command("env")
