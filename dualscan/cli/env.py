@@ -17,7 +17,18 @@ from dualscan.cli._arguments import parse
 from dualscan.ops._dispatch import OPERATORS, explain
 from dualscan.train.runtime import pick_precision
 
-PACKAGES = ("numpy", "safetensors", "tqdm", "tyro", "tokenizers", "zstandard", "matplotlib", "numba", "triton", "transformers")
+PACKAGES = (
+    "numpy",
+    "safetensors",
+    "tqdm",
+    "tyro",
+    "tokenizers",
+    "zstandard",
+    "matplotlib",
+    "numba",
+    "triton",
+    "transformers",
+)
 # What decides the speed of matrix products and of elementwise work on a CPU.
 CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "amx_fp16", "neon", "sve", "bf16")
 
