@@ -21,6 +21,8 @@ from torch import Tensor
 
 # What precedes the arguments in a block; the worker's number is -1 where OpenMP tells it.
 HEADER = 2
+# Elements that one thread works through in the time that it takes to start the others.
+SMALL = 2**14
 
 
 def _openmp() -> ctypes.CDLL | None:
@@ -71,6 +73,16 @@ def launch(address: int, arguments: Sequence[Tensor | int | None], workers: int,
     else:
         assert _OPENMP is not None
         _OPENMP.GOMP_parallel(ctypes.c_void_p(address), _block(-1, workers, values), workers, 0)
+
+
+def workers_for(elements: int) -> int:
+    """Threads for a kernel over so many elements: all of PyTorch's, or one where starting them would take longer."""
+    return torch.get_num_threads() if elements > SMALL else 1
+
+
+def adjacent(t: Tensor) -> Tensor:
+    """`t` with adjacent columns, as kernels read it; a copy only where they are not."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _block(worker: int, workers: int, values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dualscan.ops._numba import vector
+from dualscan.ops._numba.launch import adjacent, workers_for
 from dualscan.ops._numba.segments import sequence_of, table
 from dualscan.ops._numba.vector import ONE, ZERO, Kernel, at, device_function, load, share, store
 
@@ -29,16 +30,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`y` and the final states; arguments as in `reference.causal_conv1d_reference`."""
     (batch, seqlen, channels), width = x.shape, weight.shape[1]
-    x = _rows_in_place(x)
+    x = adjacent(x)
     y = torch.empty(x.shape, dtype=x.dtype)
     segments, blocks = table(batch, seqlen, cu_seqlens, TOKENS)
     states, state_stride = _states(x, initial_states, width)
     finals = torch.empty(len(segments), width - 1, channels, dtype=x.dtype)
     taps, offset = _parameters(weight, bias)
-    workers = _workers(x)
+    workers = workers_for(x.numel())
     scratch = torch.empty(workers, channels, dtype=torch.float32)
     _FORWARD[x.dtype](
-        None,
         *(x, x.stride(0), x.stride(1), y, taps, offset, states, state_stride, finals, scratch),
         *(segments, len(segments), blocks, seqlen, channels, width, activate),
         workers=workers,
@@ -58,7 +58,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`dx, dweight, dbias, dinitial_states`; arguments and results as in `chunked.backward`."""
     (batch, seqlen, channels), width = x.shape, weight.shape[1]
-    x, dy = _rows_in_place(x), _rows_in_place(dy)
+    x, dy = adjacent(x), adjacent(dy)
     dx = torch.empty(x.shape, dtype=x.dtype)
     segments, blocks = table(batch, seqlen, cu_seqlens, TOKENS)
     states, state_stride = _states(x, initial_states, width)
@@ -67,11 +67,10 @@ def backward(
         dstates = torch.empty(len(segments), width - 1, channels, dtype=x.dtype)
     dfinals = dfinal_states.to(x.dtype).transpose(1, 2).contiguous() if dfinal_states.numel() else None
     taps, offset = _parameters(weight, bias)
-    workers = _workers(x)
+    workers = workers_for(x.numel())
     sums = torch.zeros(workers, width + 1, channels, dtype=torch.float32)
     scratch = torch.empty(workers, TOKENS + width, CHANNELS, dtype=torch.float32)
     _BACKWARD[x.dtype](
-        None,
         *(x, x.stride(0), x.stride(1), dy, dy.stride(0), dy.stride(1), dx),
         *(taps, offset, states, state_stride, dstates if initial_states is not None else None, dfinals),
         *(sums, scratch, segments, len(segments), blocks, seqlen, channels, width, activate),
@@ -86,10 +85,6 @@ def backward(
     )
 
 
-def _rows_in_place(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-
-
 def _states(x: Tensor, initial_states: Tensor | None, width: int) -> tuple[Tensor, int]:
     """Initial states `(nseq, halo, channels)` and the stride from one to the next: 0 where all share a zero state."""
     if initial_states is None:
@@ -101,10 +96,6 @@ def _states(x: Tensor, initial_states: Tensor | None, width: int) -> tuple[Tenso
 def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     taps = weight.t().float().contiguous()
     return taps, taps.new_zeros(taps.shape[1]) if bias is None else bias.float().contiguous()
-
-
-def _workers(x: Tensor) -> int:
-    return torch.get_num_threads() if x.numel() > 2**14 else 1
 
 
 @device_function
@@ -142,11 +133,11 @@ def _preactivate(x, stride, states, taps, bias, channels, width, position, start
 
 @device_function
 def _forward(p, x, y, states, finals):
-    x_row, x_token, taps, bias = p[4], p[5], vector.float32(p[7]), vector.float32(p[8])
-    state_stride, segments = p[10], vector.int64(p[13])
-    nseq, blocks, seqlen, channels, width, activate = p[14], p[15], p[16], p[17], p[18], p[19]
+    x_row, x_token, taps, bias = p[3], p[4], vector.float32(p[6]), vector.float32(p[7])
+    state_stride, segments = p[9], vector.int64(p[12])
+    nseq, blocks, seqlen, channels, width, activate = p[13], p[14], p[15], p[16], p[17], p[18]
     begin, stop, worker = share(p, blocks)
-    pre = at(vector.float32(p[12]), worker * channels)
+    pre = at(vector.float32(p[11]), worker * channels)
     sequence = 0
     for block in range(begin, stop):
         sequence = sequence_of(segments, nseq, block, sequence)
@@ -172,11 +163,11 @@ def _forward(p, x, y, states, finals):
 
 
 def _forward_float32(p):
-    _forward(p, vector.float32(p[3]), vector.float32(p[6]), vector.float32(p[9]), vector.float32(p[11]))
+    _forward(p, vector.float32(p[2]), vector.float32(p[5]), vector.float32(p[8]), vector.float32(p[10]))
 
 
 def _forward_bfloat16(p):
-    _forward(p, vector.bfloat16(p[3]), vector.bfloat16(p[6]), vector.bfloat16(p[9]), vector.bfloat16(p[11]))
+    _forward(p, vector.bfloat16(p[2]), vector.bfloat16(p[5]), vector.bfloat16(p[8]), vector.bfloat16(p[10]))
 
 
 @device_function
@@ -263,13 +254,13 @@ def _backward_tile(
 
 @device_function
 def _backward(p, x, dy, dx, states, dstates, dfinals):
-    x_row, x_token, dy_row, dy_token = p[4], p[5], p[7], p[8]
-    taps, bias, state_stride, segments = vector.float32(p[10]), vector.float32(p[11]), p[13], vector.int64(p[18])
-    nseq, blocks, seqlen, channels, width, activate = p[19], p[20], p[21], p[22], p[23], p[24]
-    has = (1 if p[14] else 0) + (2 if p[15] else 0)
+    x_row, x_token, dy_row, dy_token = p[3], p[4], p[6], p[7]
+    taps, bias, state_stride, segments = vector.float32(p[9]), vector.float32(p[10]), p[12], vector.int64(p[17])
+    nseq, blocks, seqlen, channels, width, activate = p[18], p[19], p[20], p[21], p[22], p[23]
+    has = (1 if p[13] else 0) + (2 if p[14] else 0)
     begin, stop, worker = share(p, blocks)
-    sums = at(vector.float32(p[16]), worker * (width + 1) * channels)
-    dpre = at(vector.float32(p[17]), worker * (TOKENS + width) * CHANNELS)
+    sums = at(vector.float32(p[15]), worker * (width + 1) * channels)
+    dpre = at(vector.float32(p[16]), worker * (TOKENS + width) * CHANNELS)
     sequence = 0
     for block in range(begin, stop):
         sequence = sequence_of(segments, nseq, block, sequence)
@@ -293,14 +284,14 @@ def _backward(p, x, dy, dx, states, dstates, dfinals):
 
 
 def _backward_float32(p):
-    pointers = vector.float32(p[3]), vector.float32(p[6]), vector.float32(p[9])
-    states = vector.float32(p[12]), vector.float32(p[14]), vector.float32(p[15])
+    pointers = vector.float32(p[2]), vector.float32(p[5]), vector.float32(p[8])
+    states = vector.float32(p[11]), vector.float32(p[13]), vector.float32(p[14])
     _backward(p, *pointers, *states)
 
 
 def _backward_bfloat16(p):
-    pointers = vector.bfloat16(p[3]), vector.bfloat16(p[6]), vector.bfloat16(p[9])
-    states = vector.bfloat16(p[12]), vector.bfloat16(p[14]), vector.bfloat16(p[15])
+    pointers = vector.bfloat16(p[2]), vector.bfloat16(p[5]), vector.bfloat16(p[8])
+    states = vector.bfloat16(p[11]), vector.bfloat16(p[13]), vector.bfloat16(p[14])
     _backward(p, *pointers, *states)
 
 

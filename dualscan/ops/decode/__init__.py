@@ -42,11 +42,15 @@ class Sizes(NamedTuple):
 
 def runs(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether the kernels take few rows `x` (rows, size) and weights of its dtype: on a CPU, in plain order."""
+    return x.is_contiguous() and _takes(x.shape[0], x.device, x.dtype, weights)
+
+
+def _takes(rows: int, device: torch.device, dtype: torch.dtype, weights: tuple[Tensor | None, ...]) -> bool:
     return (
-        x.shape[0] <= MOST_ROWS
-        and _numba.obstacle(x.device) is None
-        and x.dtype in _numba.DTYPES
-        and all(t.dtype == x.dtype and t.is_contiguous() for t in (x, *weights) if t is not None)
+        rows <= MOST_ROWS
+        and _numba.obstacle(device) is None
+        and _numba.unsupported(dtype) is None
+        and all(t.dtype == dtype and t.is_contiguous() for t in weights if t is not None)
     )
 
 
@@ -73,13 +77,8 @@ def supports(rows: int, conv: Tensor, ssm: Tensor, parameters: Parameters) -> bo
         *(parameters.out_weight, parameters.out_bias),
     )
     exact = ssm, parameters.A_log, parameters.dt_bias, parameters.D, parameters.norm_weight
-    return (
-        rows <= MOST_ROWS
-        and _numba.obstacle(ssm.device) is None
-        and conv.dtype in _numba.DTYPES
-        and all(t.dtype == conv.dtype and t.is_contiguous() for t in low if t is not None)
-        and all(t.dtype == torch.float32 and t.is_contiguous() for t in exact)
-    )
+    in_order = all(t.dtype == torch.float32 and t.is_contiguous() for t in exact)
+    return in_order and _takes(rows, ssm.device, conv.dtype, low)
 
 
 def mamba2_step(

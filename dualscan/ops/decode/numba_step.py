@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dualscan.ops._numba import vector
+from dualscan.ops._numba.launch import workers_for
 from dualscan.ops._numba.product import DOT_ROWS, multiply_vectors
 from dualscan.ops._numba.vector import ONE, ZERO, Kernel, at, barrier, device_function, load, share
 from dualscan.ops.decode import Parameters, Sizes
@@ -53,7 +54,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Arguments and results as in `decode.project`."""
     (rows, depth), width = x.shape, weight.shape[0]
     y = torch.empty((rows, width), dtype=x.dtype)
-    workers = torch.get_num_threads() if weight.numel() > 2**14 else 1
+    workers = workers_for(weight.numel())
     scratch = torch.empty((workers, rows * depth + DOT_ROWS), dtype=torch.float32)
     _PROJECT[x.dtype](x, weight, bias, y, rows, depth, width, scratch, workers=workers)
     return y

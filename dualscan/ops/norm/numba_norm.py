@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from dualscan.ops._numba import vector
+from dualscan.ops._numba.launch import adjacent, workers_for
 from dualscan.ops._numba.vector import ONE, ZERO, Kernel, at, device_function, load, share, store
 
 # What a worker keeps of a group: u (then n), the gate, h, and the gate's slope.
@@ -15,7 +16,7 @@ def forward(x: Tensor, z: Tensor | None, weight: Tensor, group_size: int, norm_b
     """Arguments and result as in `reference.rms_norm_reference`."""
     y = torch.empty(x.shape, dtype=x.dtype)
     rows, gates = _rows(x), None if z is None else _rows(z)
-    weight, workers = weight.float().contiguous(), _workers(x)
+    weight, workers = weight.float().contiguous(), workers_for(x.numel())
     _FORWARD[x.dtype](
         *(rows, rows.stride(0), gates, 0 if gates is None else gates.stride(0), y, weight),
         *(
@@ -37,7 +38,7 @@ def backward(
     dx = torch.empty(x.shape, dtype=x.dtype)
     dz = x.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype)
     rows, grads, gates = _rows(x), _rows(dy), None if z is None else _rows(z)
-    wide, workers = weight.float().contiguous(), _workers(x)
+    wide, workers = weight.float().contiguous(), workers_for(x.numel())
     sums = torch.zeros(workers, x.shape[-1], dtype=torch.float32)
     _BACKWARD[x.dtype](
         *(rows, rows.stride(0), gates, 0 if gates is None else gates.stride(0), grads, grads.stride(0), dx, dz),
@@ -57,12 +58,7 @@ def backward(
 
 def _rows(x: Tensor) -> Tensor:
     """`(rows, d)` with adjacent columns: a view wherever the rows are evenly spaced."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _workers(x: Tensor) -> int:
-    return torch.get_num_threads() if x.numel() > 2**14 else 1
+    return adjacent(x.reshape(-1, x.shape[-1]))
 
 
 @device_function

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from dualscan.ops._numba import vector
+from dualscan.ops._numba.launch import adjacent
 from dualscan.ops._numba.product import TILE_ROWS, multiply, row_of_tiles
 from dualscan.ops._numba.vector import ZERO, Kernel, at, device_function, load, share, store
 from dualscan.ops.ssd.blocks import LOWEST_LOG_DECAY
 from dualscan.ops.ssd.cpu.forward import lower_product, per_token, skip
 from dualscan.ops.ssd.cpu.tiles import (
     Problem,
-    adjacent,
     decay,
     fill,
     prepare,

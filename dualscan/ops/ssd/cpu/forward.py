@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from dualscan.ops._numba import vector
+from dualscan.ops._numba.launch import adjacent
 from dualscan.ops._numba.product import LANES, TILE_ROWS, multiply, row_of_tiles
 from dualscan.ops._numba.vector import ZERO, Kernel, at, device_function, share, store
 from dualscan.ops.ssd.cpu.tiles import (
     Problem,
-    adjacent,
     decay,
     fill,
     prepare,

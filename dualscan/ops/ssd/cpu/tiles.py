@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dualscan.ops._numba import vector
+from dualscan.ops._numba.launch import workers_for
 from dualscan.ops._numba.product import TILE_ROWS, padded
 from dualscan.ops._numba.segments import table
 from dualscan.ops._numba.vector import ZERO, at, device_function, load
@@ -51,18 +52,13 @@ class Problem:
     @property
     def workers(self) -> int:
         """Threads that have something to do."""
-        tokens = self.batch * self.seqlen * self.nheads * self.headdim
-        return max(1, min(torch.get_num_threads(), self.items)) if tokens > 2**14 else 1
+        threads = workers_for(self.batch * self.seqlen * self.nheads * self.headdim)
+        return max(1, min(threads, self.items))
 
     def sizes(self) -> tuple[int | Tensor, ...]:
         """The kernels' first arguments."""
         cut = (self.segments, self.ngroups, self.k, self.together, self.parts)
         return *cut, self.seqlen, self.headdim, self.d_state, self.chunk, self.q, self.p, self.n
-
-
-def adjacent(t: Tensor) -> Tensor:
-    """`t` with adjacent columns; a copy only where they are not."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def strides(t: Tensor) -> tuple[Tensor, int, int, int]:
