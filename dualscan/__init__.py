@@ -11,11 +11,15 @@ _PUBLIC = {
     "ssd": "dualscan.ops.ssd",
     "ssd_step": "dualscan.ops.ssd",
     "linear_attention": "dualscan.ops.ssd",
+    "SelectiveScanOutput": "dualscan.ops.selective_scan",
+    "selective_scan": "dualscan.ops.selective_scan",
+    "selective_scan_step": "dualscan.ops.selective_scan",
     "Conv1dOutput": "dualscan.ops.conv1d",
     "causal_conv1d": "dualscan.ops.conv1d",
     "rms_norm": "dualscan.ops.norm",
     "gated_rms_norm": "dualscan.ops.norm",
     "linear_cross_entropy": "dualscan.ops.loss",
+    "Mamba": "dualscan.nn.mamba",
     "Mamba2": "dualscan.nn.mamba2",
     "ModelConfig": "dualscan.models.config",
     "LMOutput": "dualscan.models.lm",
@@ -31,10 +35,12 @@ if TYPE_CHECKING:
     from dualscan.models.lm import LMOutput, MambaLM
     from dualscan.models.presets import preset
     from dualscan.models.weights import load
+    from dualscan.nn.mamba import Mamba
     from dualscan.nn.mamba2 import Mamba2
     from dualscan.ops.conv1d import Conv1dOutput, causal_conv1d
     from dualscan.ops.loss import linear_cross_entropy
     from dualscan.ops.norm import gated_rms_norm, rms_norm
+    from dualscan.ops.selective_scan import SelectiveScanOutput, selective_scan, selective_scan_step
     from dualscan.ops.ssd import SSDOutput, linear_attention, ssd, ssd_step
 
 

@@ -1,4 +1,4 @@
-"""Elementwise pieces that several operators share: the accumulation dtype, SiLU, and the size of a cache-sized block.
+"""Elementwise pieces that operators share: the accumulation dtype, SiLU, softplus, and the size of a cache-sized block.
 
 SiLU is written from `exp`, not with `torch.nn.functional.silu`: on a CPU that function's vectorised body and its scalar
 tail round differently, so a value would depend on where in the tensor it stands, and a packed sequence would differ
@@ -7,6 +7,7 @@ In blocks that stay in cache the cost is the same.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Elements of one block of a long tensor. On a CPU 1 MiB in float32: a block and its scratch stay in a 2 MiB L2 cache
@@ -36,3 +37,8 @@ def silu_slope_(x: Tensor, scratch: Tensor) -> Tensor:
     """SiLU's derivative in place: `s + x s (1 - s)`, `s = sigmoid(x)`, which is left in `scratch` (like `x`)."""
     sigmoid = torch.neg(x, out=scratch).exp_().add_(1).reciprocal_()
     return x.mul_(sigmoid).addcmul_(x, sigmoid, value=-1).add_(sigmoid)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)); unlike `F.softplus` it rounds an element the same wherever it stands in memory."""
+    return torch.log1p(torch.exp(x.clamp(max=40.0))) + F.relu(x - 40.0)

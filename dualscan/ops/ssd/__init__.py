@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualscan.ops import _dispatch, _numba, _triton
-from dualscan.ops._pointwise import accumulation_dtype
+from dualscan.ops._pointwise import accumulation_dtype, softplus
 from dualscan.ops.ssd import blocks, configs, library, reference, validate
 
 __all__ = ["SSDOutput", "linear_attention", "ssd", "ssd_step"]
@@ -328,15 +328,10 @@ def _step_size(
     if dt_bias is not None:
         dt = dt + dt_bias.to(dtype)
     if dt_softplus:
-        dt = _softplus(dt)
+        dt = softplus(dt)
     if dt_limit != (0.0, math.inf):
         dt = dt.clamp(*dt_limit)
     return dt
-
-
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)); unlike `F.softplus` it rounds an element the same wherever it stands in memory."""
-    return torch.log1p(torch.exp(x.clamp(max=40.0))) + F.relu(x - 40.0)
 
 
 def _gate(y: Tensor, z: Tensor | None) -> Tensor:
