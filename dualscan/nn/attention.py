@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualscan.nn.precision import project
+from dualscan.ops.conv1d import causal_conv1d
+from dualscan.ops.conv1d.validate import MAX_WIDTH
 from dualscan.ops.varlen import sequence_index, sequence_spans, validate_cu_seqlens
 
 
@@ -20,7 +22,18 @@ class AttentionState(NamedTuple):
         k: `(batch or nseq, n_kv_heads, maxlen, head_dim)`.
         v: as `k`.
         lengths: `(batch or nseq,)` int64.
+        conv: `(batch or nseq, (n_heads + 2 n_kv_heads) head_dim, d_conv - 1)`, the last inputs of the convolution;
+            without channels where the layer has none.
     """
+
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+    conv: Tensor
+
+
+class _Cache(NamedTuple):
+    """The part of the state that attention itself reads."""
 
     k: Tensor
     v: Tensor
@@ -41,10 +54,13 @@ class Attention(nn.Module):
         n_kv_heads: key and value heads, a divisor of `n_heads`; None takes `n_heads`.
         head_dim: width of a head; None takes `d_model / n_heads`.
         rope_theta: base of the rotary position's wavelengths; None leaves positions out.
+        rotary_dim: the first so many channels of a head are rotated; None takes all.
         bias: bias on the four projections.
+        scale: of the scores; None takes 1 / √head_dim.
+        d_conv: width of a causal convolution over q, k and v before the positions; None has none.
 
     Raises:
-        ValueError: sizes that do not divide, or an odd `head_dim` with rotary positions.
+        ValueError: sizes that do not divide, or an odd number of channels to rotate.
 
     Example:
         >>> layer = Attention(64, 4, n_kv_heads=2, rope_theta=1e4)
@@ -67,23 +83,39 @@ class Attention(nn.Module):
         n_kv_heads: int | None = None,
         head_dim: int | None = None,
         rope_theta: float | None = None,
+        rotary_dim: int | None = None,
         bias: bool = False,
+        scale: float | None = None,
+        d_conv: int | None = None,
     ):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}; use 1 or another divisor.")
         self.head_dim = self.default_head_dim(d_model, n_heads) if head_dim is None else head_dim
-        if rope_theta is not None and self.head_dim % 2:
+        if rope_theta is not None and rotary_dim is None and self.head_dim % 2:
             raise ValueError(
                 f"head_dim={self.head_dim} is odd, but rotary positions turn pairs of channels; "
                 "use an even head_dim or rope_theta=None."
             )
-        self.d_model, self.rope_theta = d_model, rope_theta
+        self.rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
+        if rope_theta is not None and (self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim):
+            raise ValueError(
+                f"rotary_dim={rotary_dim} must be an even number from 2 to head_dim={self.head_dim}: "
+                "rotary positions turn pairs of channels."
+            )
+        if d_conv is not None and not 1 <= d_conv <= MAX_WIDTH:
+            raise ValueError(f"d_conv={d_conv}: attention's convolution is 1 to {MAX_WIDTH} tokens wide, or None.")
+        self.d_model, self.rope_theta, self.scale = d_model, rope_theta, scale
         self.q_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.out_proj = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
+        self.conv1d = None
+        if d_conv is not None:
+            # Holds the weights (channels of q, k and v, 1, d_conv); the operator computes.
+            channels = (n_heads + 2 * n_kv_heads) * self.head_dim
+            self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)
 
     @staticmethod
     def default_head_dim(d_model: int, n_heads: int) -> int:
@@ -126,40 +158,49 @@ class Attention(nn.Module):
             raise ValueError(
                 f"Attention: the state holds {state.k.shape[0]} sequences, the input {nseq}; give its own state."
             )
-        q, k, v = (
-            project(u, p.weight, p.bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        qkv = [project(u, p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        conv = u.new_zeros(nseq, 0, 0)
+        if self.conv1d is not None:
+            joined, conv = causal_conv1d(
+                torch.cat(qkv, dim=-1),
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                initial_states=None if state is None else state.conv.to(u.dtype),
+                cu_seqlens=cu_seqlens,
+            )
+            qkv = joined.split([t.shape[-1] for t in qkv], dim=-1)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in qkv)
         past = torch.zeros(nseq, dtype=torch.int64, device=u.device) if state is None else state.lengths
         if self.rope_theta is not None:
             positions = _positions(past, seqlen, cu_seqlens)
-            q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+            q, k = (rotate(t, positions, self.rope_theta, self.rotary_dim) for t in (q, k))
         if cu_seqlens is None:
-            y, state = _attend(q, k, v, state)
+            y, cache = _attend(q, k, v, state, self.scale)
         else:
-            y, state = _attend_packed(q, k, v, state, sequence_spans(cu_seqlens, seqlen))
+            y, cache = _attend_packed(q, k, v, state, sequence_spans(cu_seqlens, seqlen), self.scale)
         y = y.transpose(1, 2).flatten(-2)
-        return project(y, self.out_proj.weight, self.out_proj.bias), state
+        return project(y, self.out_proj.weight, self.out_proj.bias), AttentionState(*cache, conv)
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary positions: turns channels (i, i + head_dim / 2) by the angle `position * theta^(-2 i / head_dim)`.
+def rotate(x: Tensor, positions: Tensor, theta: float, width: int | None = None) -> Tensor:
+    """Rotary positions: turns channels (i, i + width / 2) by the angle `position * theta^(-2 i / width)`.
 
     Args:
         x: `(batch, heads, seqlen, head_dim)`.
         positions: `(batch, seqlen)`.
         theta: base of the wavelengths.
+        width: the first so many channels are turned, the others left as they are; None is head_dim.
 
     Returns:
         Like `x`; angles are computed in float32 (float64 for float64).
     """
-    half = x.shape[-1] // 2
+    half = (x.shape[-1] if width is None else width) // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
     frequency = theta ** (torch.arange(half, device=x.device, dtype=dtype) / -half)
     angle = positions[:, None, :, None] * frequency
     cos, sin = angle.cos(), angle.sin()
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x.dtype)
 
 
 def _positions(past: Tensor, seqlen: int, cu_seqlens: Tensor | None) -> Tensor:
@@ -170,24 +211,31 @@ def _positions(past: Tensor, seqlen: int, cu_seqlens: Tensor | None) -> Tensor:
     return (steps + (past - cu_seqlens[:-1])[sequence_index(cu_seqlens, seqlen)])[None]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState | _Cache | None, scale: float | None
+) -> tuple[Tensor, _Cache]:
     """Attention of new tokens to themselves and to the state, whose sequences may have different lengths."""
     batch, _, seqlen, _ = q.shape
     if state is None:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return y, AttentionState(k, v, torch.full((batch,), seqlen, dtype=torch.int64, device=q.device))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=scale)
+        return y, _Cache(k, v, torch.full((batch,), seqlen, dtype=torch.int64, device=q.device))
     maxlen = state.k.shape[2]
     k, v = torch.cat((state.k.to(k.dtype), k), dim=2), torch.cat((state.v.to(v.dtype), v), dim=2)
     key = torch.arange(maxlen + seqlen, device=q.device)
     visible = key <= maxlen + torch.arange(seqlen, device=q.device)[:, None]
     visible = visible & (key >= maxlen - state.lengths[:, None, None, None])
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
-    return y, AttentionState(k, v, state.lengths + seqlen)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True, scale=scale)
+    return y, _Cache(k, v, state.lengths + seqlen)
 
 
 def _attend_packed(
-    q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, spans: list[tuple[int, int]]
-) -> tuple[Tensor, AttentionState]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: AttentionState | _Cache | None,
+    spans: list[tuple[int, int]],
+    scale: float | None,
+) -> tuple[Tensor, _Cache]:
     """Each packed sequence by itself: no work across boundaries, and the result of the sequence alone."""
     pasts = [0] * len(spans) if state is None else state.lengths.tolist()
     outputs, states = [q[:, :, :0]], []
@@ -195,14 +243,14 @@ def _attend_packed(
         own = None
         if state is not None:
             first = state.k.shape[2] - past
-            own = AttentionState(state.k[i : i + 1, :, first:], state.v[i : i + 1, :, first:], state.lengths[i : i + 1])
-        y, own = _attend(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], own)
+            own = _Cache(state.k[i : i + 1, :, first:], state.v[i : i + 1, :, first:], state.lengths[i : i + 1])
+        y, own = _attend(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], own, scale)
         outputs.append(y)
         states.append(own)
     return torch.cat(outputs, dim=2), _stack(states, k)
 
 
-def _stack(states: list[AttentionState], like: Tensor) -> AttentionState:
+def _stack(states: list[_Cache], like: Tensor) -> _Cache:
     """One state of sequences that end at the same index; `like` gives the heads and the dtype where there is none."""
     maxlen = max((state.k.shape[2] for state in states), default=0)
 
@@ -211,4 +259,4 @@ def _stack(states: list[AttentionState], like: Tensor) -> AttentionState:
         return torch.cat([like.new_zeros(0, like.shape[1], maxlen, like.shape[3]), *padded])
 
     lengths = [torch.zeros(0, dtype=torch.int64, device=like.device), *(state.lengths for state in states)]
-    return AttentionState(align([s.k for s in states]), align([s.v for s in states]), torch.cat(lengths))
+    return _Cache(align([s.k for s in states]), align([s.v for s in states]), torch.cat(lengths))

@@ -1,23 +1,26 @@
-"""The position-wise MLP: SwiGLU (arXiv 2002.05202), GELU, or squared ReLU (arXiv 2109.08668)."""
+"""The position-wise MLP: SwiGLU or GeGLU (arXiv 2002.05202), GELU, or squared ReLU (arXiv 2109.08668)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualscan.nn.precision import project
 
-ACTIVATIONS = ("swiglu", "gelu", "relu2")
+ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu2")
+_GATED = {"swiglu": F.silu, "geglu": F.gelu}
 
 
 class MLP(nn.Module):
     """A mixer without memory: `(batch, seqlen, d_model)` in and out, each token on its own.
 
-    swiglu: out_proj(SiLU(gate_proj(u)) · up_proj(u));  gelu, relu2: out_proj(act(up_proj(u))), relu2(x) = max(x, 0)².
+    swiglu: out_proj(SiLU(gate_proj(u)) · up_proj(u)), geglu with GELU;  gelu, relu2: out_proj(act(up_proj(u))),
+    relu2(x) = max(x, 0)².
 
     Args:
         d_model: width of the residual stream.
         d_hidden: hidden width; None takes `default_hidden`.
-        activation: "swiglu", "gelu" or "relu2".
+        activation: "swiglu", "geglu", "gelu" or "relu2".
         bias: bias on the projections.
+        gate_scale: constant factor of the gate before its activation.
 
     Raises:
         ValueError: an unknown activation or a width below 1.
@@ -29,7 +32,15 @@ class MLP(nn.Module):
         (torch.Size([2, 10, 64]), None)
     """
 
-    def __init__(self, d_model: int, d_hidden: int | None = None, *, activation: str = "swiglu", bias: bool = False):
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int | None = None,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        gate_scale: float = 1.0,
+    ):
         super().__init__()
         if activation not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))
@@ -38,15 +49,15 @@ class MLP(nn.Module):
             d_hidden = self.default_hidden(d_model, activation)
         if d_hidden < 1:
             raise ValueError(f"MLP: d_hidden={d_hidden} must be at least 1; None takes the default for d_model.")
-        self.activation = activation
-        self.gate_proj = nn.Linear(d_model, d_hidden, bias=bias) if activation == "swiglu" else None
+        self.activation, self.gate_scale = activation, gate_scale
+        self.gate_proj = nn.Linear(d_model, d_hidden, bias=bias) if activation in _GATED else None
         self.up_proj = nn.Linear(d_model, d_hidden, bias=bias)
         self.out_proj = nn.Linear(d_hidden, d_model, bias=bias)
 
     @staticmethod
     def default_hidden(d_model: int, activation: str = "swiglu") -> int:
-        """8/3 d_model for the three matrices of SwiGLU, 4 d_model for two, rounded up to a multiple of 64."""
-        hidden = -(-8 * d_model // 3) if activation == "swiglu" else 4 * d_model
+        """8/3 d_model for the three matrices of a gated MLP, 4 d_model for two, rounded up to a multiple of 64."""
+        hidden = -(-8 * d_model // 3) if activation in _GATED else 4 * d_model
         return -(-hidden // 64) * 64
 
     def forward(self, u: Tensor, state: None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, None]:
@@ -62,7 +73,9 @@ class MLP(nn.Module):
         """
         hidden = project(u, self.up_proj.weight, self.up_proj.bias)
         if self.gate_proj is not None:
-            hidden = F.silu(project(u, self.gate_proj.weight, self.gate_proj.bias)) * hidden
+            gate = project(u, self.gate_proj.weight, self.gate_proj.bias)
+            gate = gate if self.gate_scale == 1.0 else gate * self.gate_scale
+            hidden = _GATED[self.activation](gate) * hidden
         elif self.activation == "gelu":
             hidden = F.gelu(hidden)
         else:

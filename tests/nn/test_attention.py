@@ -137,7 +137,7 @@ def test_packed_is_each_sequence_alone(pasts, data):
         expected, alone = attention(t)
         actual = torch.cat((firsts[i], seconds[i], third[i : i + 1]), dim=1)
         assert_close("y", actual, expected, dtype=torch.float64)
-        own = AttentionState(state.k[i : i + 1, :, -totals[i] :], state.v[i : i + 1, :, -totals[i] :], alone.lengths)
+        own = alone._replace(k=state.k[i : i + 1, :, -totals[i] :], v=state.v[i : i + 1, :, -totals[i] :])
         _assert_same_state(own, alone)
 
 
@@ -243,3 +243,41 @@ def _assert_same_state(actual: AttentionState, expected: AttentionState) -> None
     assert_close("k", actual.k, expected.k, dtype=torch.float64)
     assert_close("v", actual.v, expected.v, dtype=torch.float64)
     assert torch.equal(actual.lengths, expected.lengths)
+
+
+def test_convolution_scale_and_partial_rotation():
+    """Against the definition, written out for every query; in two calls and in one."""
+    width, scale, theta, turned = 3, 0.3, 50.0, 4
+    attention = Attention(D, 4, n_kv_heads=2, rope_theta=theta, rotary_dim=turned, scale=scale, d_conv=width).double()
+    u = torch.randn(2, 7, D, dtype=torch.float64)
+    qkv = torch.cat([p(u) for p in (attention.q_proj, attention.k_proj, attention.v_proj)], dim=-1)
+    conv = attention.conv1d
+    qkv = torch.nn.functional.pad(qkv.mT, (width - 1, 0))
+    qkv = torch.nn.functional.conv1d(qkv, conv.weight, conv.bias, groups=qkv.shape[1]).mT
+    q, k, v = (t.unflatten(-1, (-1, D // 4)) for t in qkv.split([D, D // 2, D // 2], dim=-1))
+
+    def turn(x):
+        halves = torch.view_as_complex(torch.stack((x[..., : turned // 2], x[..., turned // 2 : turned]), dim=-1))
+        angle = torch.arange(7.0)[:, None, None] * theta ** (-torch.arange(turned // 2) / (turned // 2)).double()
+        halves = torch.view_as_real(halves * torch.exp(1j * angle))
+        return torch.cat((halves[..., 0], halves[..., 1], x[..., turned:]), dim=-1)
+
+    q, k = turn(q), turn(k)
+    expected = torch.zeros_like(u)
+    for t in range(7):
+        heads = []
+        for h in range(4):
+            scores = (scale * k[:, : t + 1, h // 2] @ q[:, t, h, :, None]).softmax(dim=1)
+            heads.append((scores * v[:, : t + 1, h // 2]).sum(1))
+        expected[:, t] = attention.out_proj(torch.cat(heads, dim=-1))
+    assert_close("whole", attention(u)[0], expected, dtype=torch.float64)
+    first, state = attention(u[:, :4])
+    second, state = attention(u[:, 4:], state)
+    assert_close("pieces", torch.cat((first, second), dim=1), expected, dtype=torch.float64)
+    assert state.conv.shape == (2, 2 * D, width - 1)
+
+
+@pytest.mark.parametrize(("options", "words"), [({"rotary_dim": 3}, "rotary_dim=3"), ({"d_conv": 99}, "d_conv=99")])
+def test_refuses_widths(options, words):
+    with pytest.raises(ValueError, match=words):
+        Attention(D, 4, rope_theta=100.0, **options)

@@ -59,8 +59,17 @@ def test_default_width(activation: str, hidden: int):
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [({"activation": "tanh"}, "'tanh'.*'swiglu', 'gelu', 'relu2'"), ({"d_hidden": 0}, "d_hidden=0.*at least 1")],
+    [
+        ({"activation": "tanh"}, "'tanh'.*'swiglu', 'geglu', 'gelu', 'relu2'"),
+        ({"d_hidden": 0}, "d_hidden=0.*at least 1"),
+    ],
 )
 def test_refuses(wrong: dict, words: str):
     with pytest.raises(ValueError, match=words):
         MLP(12, **wrong)
+
+
+def test_gate_scale_and_geglu():
+    mlp, u = MLP(8, 12, activation="geglu", bias=True, gate_scale=0.7), torch.randn(3, 4, 8)
+    gate = torch.nn.functional.gelu(0.7 * mlp.gate_proj(u))
+    torch.testing.assert_close(mlp(u)[0], mlp.out_proj(gate * mlp.up_proj(u)))
