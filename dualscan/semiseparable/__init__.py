@@ -4,6 +4,17 @@
 """
 
 from dualscan.semiseparable.matrix import Dense, StructuredMatrix, closed
-from dualscan.semiseparable.structured import Toeplitz
+from dualscan.semiseparable.structured import Cauchy, Cosine, Diagonal, Fourier, LowRank, Toeplitz, Vandermonde
 
-__all__ = ["Dense", "StructuredMatrix", "Toeplitz", "closed"]
+__all__ = [
+    "Cauchy",
+    "Cosine",
+    "Dense",
+    "Diagonal",
+    "Fourier",
+    "LowRank",
+    "StructuredMatrix",
+    "Toeplitz",
+    "Vandermonde",
+    "closed",
+]

@@ -26,7 +26,7 @@ class StructuredMatrix(ABC):
 
     Example:
         >>> class Shift(StructuredMatrix):
-        ...     def __init__(self, length): self.length, self.tensor = length, torch.zeros(())
+        ...     def __init__(self, length): self.length = length
         ...     shape = property(lambda self: torch.Size((self.length, self.length)))
         ...     is_causal = True
         ...     def matmul(self, x): return torch.cat([torch.zeros_like(x[..., :1, :]), x[..., :-1, :]], dim=-2)
@@ -71,13 +71,14 @@ class StructuredMatrix(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype to which the parameters promote one another."""
-        return functools.reduce(torch.promote_types, [tensor.dtype for tensor in self.tensors])
+        """The dtype to which the parameters promote one another; PyTorch's default where there are none."""
+        dtypes = [tensor.dtype for tensor in self.tensors]
+        return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.tensors[0].device
+        """Where the parameters are; PyTorch's default where there are none."""
+        return self.tensors[0].device if self.tensors else torch.get_default_device()
 
     def transpose(self) -> "StructuredMatrix":
         """The matrix with rows and columns exchanged."""
@@ -106,8 +107,14 @@ class StructuredMatrix(ABC):
                 + ("unsqueeze a last dimension" if len(given) == 1 else "its columns are the rows of what follows")
             )
         if isinstance(other, Tensor):
-            return self.matmul(other)
+            return self.matmul(other) if other.numel() else self._empty_product(other)
         return _closed_form(operator.matmul, self, other) or Product(self, other)
+
+    def _empty_product(self, x: Tensor) -> Tensor:
+        # Not every Fourier transform takes a tensor without elements.
+        batch = torch.broadcast_shapes(self.shape[:-2], x.shape[:-2])
+        dtype = torch.promote_types(self.dtype, x.dtype)
+        return torch.zeros(*batch, self.shape[-2], x.shape[-1], dtype=dtype, device=x.device)
 
     def __add__(self, other: "StructuredMatrix") -> "StructuredMatrix":
         if not isinstance(other, StructuredMatrix):

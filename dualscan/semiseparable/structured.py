@@ -4,13 +4,79 @@ Section 2.2 of arXiv 2405.21060 lists them as the other sequence mixers with a s
 structured masked attention (section 4.2) they are interchangeable with the semiseparable ones of `sss.py`.
 """
 
+import math
 import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dualscan.semiseparable.matrix import StructuredMatrix, closed
+from dualscan.semiseparable.matrix import Product, StructuredMatrix, closed
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Diagonal(StructuredMatrix):
+    """Each token for itself, M_tt = d_t.
+
+    Attributes:
+        values: `(..., T)`.
+    """
+
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        check_dimensions("values", self.values, "(..., T)")
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.values.shape, self.values.shape[-1]))
+
+    @property
+    def is_causal(self) -> bool:
+        return True
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.values.unsqueeze(-1) * x
+
+    def to_dense(self) -> Tensor:
+        return torch.diag_embed(self.values)
+
+    def transpose(self) -> "Diagonal":
+        return self
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRank(StructuredMatrix):
+    """left rightᵀ: attention without a mask, left the queries and right the keys.
+
+    Attributes:
+        left: `(..., rows, rank)`.
+        right: `(..., columns, rank)`; complex entries are not conjugated.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __post_init__(self) -> None:
+        check_dimensions("left", self.left, "(..., rows, rank)")
+        check_dimensions("right", self.right, "(..., columns, rank)")
+        if self.left.shape[-1] != self.right.shape[-1]:
+            given = f"{tuple(self.left.shape)} and {tuple(self.right.shape)}"
+            raise ValueError(f"left and right have the shapes {given}; their last dimension, the rank, must be equal")
+
+    @property
+    def shape(self) -> torch.Size:
+        batch = torch.broadcast_shapes(self.left.shape[:-2], self.right.shape[:-2])
+        return torch.Size((*batch, self.left.shape[-2], self.right.shape[-2]))
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.left @ (self.right.mT @ x)
+
+    def to_dense(self) -> Tensor:
+        return self.left @ self.right.mT
+
+    def transpose(self) -> "LowRank":
+        return LowRank(self.right, self.left)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,6 +99,11 @@ class Toeplitz(StructuredMatrix):
 
     column: Tensor
     row: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_dimensions("column", self.column, "(..., rows)")
+        if self.row is not None:
+            check_dimensions("row", self.row, "(..., columns)")
 
     @property
     def shape(self) -> torch.Size:
@@ -70,6 +141,172 @@ class Toeplitz(StructuredMatrix):
         return Toeplitz(torch.cat([diagonal, above], dim=-1), self.column)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Vandermonde(StructuredMatrix):
+    """Powers, M_ij = u_i^j: polynomials at the points u, or the impulse responses of scalar recurrences.
+
+    Attributes:
+        nodes: u, `(..., rows)`, real or complex.
+        columns: how many powers, from the 0th.
+
+    Example:
+        >>> Vandermonde(torch.tensor([0.5, 2.0]), 3).to_dense().tolist()
+        [[1.0, 0.5, 0.25], [1.0, 2.0, 4.0]]
+
+    Note:
+        Horner's rule over pieces of sqrt(columns) powers: as many products as the dense matrix has entries, memory for
+        rows x sqrt(columns) of them. What is faster in theory divides polynomials and is unstable.
+    """
+
+    nodes: Tensor
+    columns: int
+
+    def __post_init__(self) -> None:
+        check_dimensions("nodes", self.nodes, "(..., rows)")
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.nodes.shape, self.columns))
+
+    def matmul(self, x: Tensor) -> Tensor:
+        width = math.isqrt(max(0, self.columns - 1)) + 1
+        powers = self._powers(width)
+        stride = powers[..., -1:] * self.nodes.unsqueeze(-1)
+        y = powers[..., :0] @ x[..., :0, :]
+        for piece in reversed(x.split(width, dim=-2)):
+            y = stride * y + powers[..., : piece.shape[-2]] @ piece
+        return y
+
+    def to_dense(self) -> Tensor:
+        return self._powers(self.columns)
+
+    def _powers(self, count: int) -> Tensor:
+        nodes = self.nodes.unsqueeze(-1)
+        return torch.cat([torch.ones_like(nodes), nodes.expand(*nodes.shape[:-1], count)], -1).cumprod(-1)[..., :count]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Cauchy(StructuredMatrix):
+    """Reciprocal differences, M_ij = 1 / (u_i - v_j).
+
+    Attributes:
+        nodes: u, `(..., rows)`, real or complex.
+        poles: v, `(..., columns)`; none of them may equal a node.
+
+    Note:
+        As many products as the dense matrix has entries, in pieces of sqrt(rows) rows.
+    """
+
+    nodes: Tensor
+    poles: Tensor
+
+    def __post_init__(self) -> None:
+        check_dimensions("nodes", self.nodes, "(..., rows)")
+        check_dimensions("poles", self.poles, "(..., columns)")
+        for part in self._pieces(self.nodes):
+            if (equal := part.unsqueeze(-1) == self.poles.unsqueeze(-2)).any():
+                pole = self.poles.unsqueeze(-2).expand_as(equal)[equal][0].item()
+                raise ValueError(
+                    f"nodes and poles share {pole:g}, where 1 / (node - pole) is infinite; move one of them"
+                )
+
+    @property
+    def shape(self) -> torch.Size:
+        batch = torch.broadcast_shapes(self.nodes.shape[:-1], self.poles.shape[:-1])
+        return torch.Size((*batch, self.nodes.shape[-1], self.poles.shape[-1]))
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return torch.cat([Cauchy._dense(part, self.poles) @ x for part in self._pieces(self.nodes)], dim=-2)
+
+    def to_dense(self) -> Tensor:
+        return Cauchy._dense(self.nodes, self.poles)
+
+    def transpose(self) -> "Cauchy":
+        return Cauchy(-self.poles, -self.nodes)
+
+    @staticmethod
+    def _dense(nodes: Tensor, poles: Tensor) -> Tensor:
+        return 1 / (nodes.unsqueeze(-1) - poles.unsqueeze(-2))
+
+    @staticmethod
+    def _pieces(nodes: Tensor) -> tuple[Tensor, ...]:
+        return nodes.split(math.isqrt(max(0, nodes.shape[-1] - 1)) + 1, dim=-1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fourier(StructuredMatrix):
+    """The discrete Fourier transform along time, M_kt = exp(-2πi k t / T) / sqrt(T), unitary: the mixer of FNet.
+
+    Attributes:
+        length: T.
+        dtype: a complex dtype; a product takes the wider one of it and x.
+
+    Note:
+        O(T log T).
+    """
+
+    length: int
+    dtype: torch.dtype = torch.complex64
+
+    def __post_init__(self) -> None:
+        if not self.dtype.is_complex:
+            raise ValueError(f"dtype={self.dtype} has no imaginary part; use torch.complex64 or torch.complex128")
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.length, self.length))
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(x.to(torch.promote_types(self.dtype, x.dtype)), dim=-2, norm="ortho")
+
+    def transpose(self) -> "Fourier":
+        return self
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Cosine(StructuredMatrix):
+    """The discrete cosine transform along time (type II, orthogonal): M_kt = w_k cos(π k (2t + 1) / 2T).
+
+    w_0 = sqrt(1 / T) and w_k = sqrt(2 / T) otherwise: a Fourier mask that is real.
+
+    Attributes:
+        length: T.
+        dtype: of the dense matrix; a product takes the wider one of it and x.
+
+    Note:
+        O(T log T): one Fourier transform of the even tokens followed by the odd ones in reverse (Makhoul 1980).
+    """
+
+    length: int
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if not self.dtype.is_floating_point:
+            raise ValueError(f"dtype={self.dtype} holds no real numbers; use torch.float32 or torch.float64")
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.length, self.length))
+
+    def matmul(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.dtype, x.dtype)
+        if dtype.is_complex:
+            return torch.complex(self.matmul(x.real), self.matmul(x.imag))
+        x = x.to(torch.promote_types(dtype, torch.float32))
+        folded = torch.cat([x[..., ::2, :], x[..., 1::2, :].flip(-2)], dim=-2)
+        angles = torch.arange(self.length, dtype=x.dtype, device=x.device) * (math.pi / (2 * self.length))
+        weights = torch.full_like(angles, math.sqrt(2 / self.length))
+        weights[:1] = math.sqrt(1 / self.length)
+        return (torch.polar(weights, -angles).unsqueeze(-1) * torch.fft.fft(folded, dim=-2)).real.to(dtype)
+
+
+def check_dimensions(name: str, tensor: Tensor, layout: str) -> None:
+    """ValueError when `tensor` has fewer dimensions than its layout `(..., a, b)` names."""
+    needed = layout.count(",")
+    if tensor.ndim < needed:
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; it must be {layout}")
+
+
 @closed(operator.add, Toeplitz, Toeplitz)
 def _(left: Toeplitz, right: Toeplitz) -> Toeplitz:
     if left.row is None or right.row is None:
@@ -82,6 +319,53 @@ def _(left: Toeplitz, right: Toeplitz) -> Toeplitz:
 def _(left: Toeplitz, right: Toeplitz) -> Toeplitz:
     row = None if left.row is None or right.row is None else left.row * right.row
     return Toeplitz(left.column * right.column, row)
+
+
+@closed(operator.matmul, Toeplitz, Toeplitz)
+def _(left: Toeplitz, right: Toeplitz) -> StructuredMatrix:
+    if left.row is None and right.row is None:
+        product = left @ right.column.unsqueeze(-1)
+        return Toeplitz(product.squeeze(-1))
+    return Product(left, right)
+
+
+@closed(operator.matmul, Diagonal, Diagonal)
+@closed(operator.mul, Diagonal, Diagonal)
+def _(left: Diagonal, right: Diagonal) -> Diagonal:
+    return Diagonal(left.values * right.values)
+
+
+@closed(operator.add, Diagonal, Diagonal)
+def _(left: Diagonal, right: Diagonal) -> Diagonal:
+    return Diagonal(left.values + right.values)
+
+
+@closed(operator.matmul, LowRank, StructuredMatrix)
+def _(left: LowRank, right: StructuredMatrix) -> LowRank:
+    return LowRank(left.left, right.mT @ left.right)
+
+
+@closed(operator.matmul, StructuredMatrix, LowRank)
+def _(left: StructuredMatrix, right: LowRank) -> LowRank:
+    return LowRank(left @ right.left, right.right)
+
+
+@closed(operator.add, LowRank, LowRank)
+def _(left: LowRank, right: LowRank) -> LowRank:
+    """Ranks add."""
+    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+
+    def beside(one: Tensor, other: Tensor) -> Tensor:
+        return torch.cat([part.expand(*batch, *part.shape[-2:]) for part in (one, other)], dim=-1)
+
+    return LowRank(beside(left.left, right.left), beside(left.right, right.right))
+
+
+@closed(operator.mul, LowRank, LowRank)
+def _(left: LowRank, right: LowRank) -> LowRank:
+    """Ranks multiply: the products of all pairs of columns."""
+    pairs = ((left.left, right.left), (left.right, right.right))
+    return LowRank(*((one.unsqueeze(-1) * other.unsqueeze(-2)).flatten(-2) for one, other in pairs))
 
 
 def fast_length(length: int) -> int:
