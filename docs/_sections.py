@@ -15,6 +15,7 @@ LAYERS = {
     "models": "Models",
     "data": "Data",
     "generate": "Generation",
+    "inspect": "Looking inside",
     "train": "Training",
     "semiseparable": "Semiseparable matrices",
 }
