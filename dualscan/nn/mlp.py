@@ -55,6 +55,11 @@ class MLP(nn.Module):
         self.out_proj = nn.Linear(d_hidden, d_model, bias=bias)
 
     @staticmethod
+    def gated(activation: str) -> bool:
+        """Whether an activation takes a gate, a projection of its own."""
+        return activation in _GATED
+
+    @staticmethod
     def default_hidden(d_model: int, activation: str = "swiglu") -> int:
         """8/3 d_model for the three matrices of a gated MLP, 4 d_model for two, rounded up to a multiple of 64."""
         hidden = -(-8 * d_model // 3) if activation in _GATED else 4 * d_model
@@ -71,13 +76,16 @@ class MLP(nn.Module):
         Returns:
             y like `u`, and None for the state.
         """
-        hidden = project(u, self.up_proj.weight, self.up_proj.bias)
+        hidden, gate = project(u, self.up_proj.weight, self.up_proj.bias), None
         if self.gate_proj is not None:
             gate = project(u, self.gate_proj.weight, self.gate_proj.bias)
             gate = gate if self.gate_scale == 1.0 else gate * self.gate_scale
-            hidden = _GATED[self.activation](gate) * hidden
-        elif self.activation == "gelu":
-            hidden = F.gelu(hidden)
-        else:
-            hidden = F.relu(hidden).square()
+        hidden = activate(self.activation, hidden, gate)
         return project(hidden, self.out_proj.weight, self.out_proj.bias), None
+
+
+def activate(activation: str, hidden: Tensor, gate: Tensor | None) -> Tensor:
+    """The hidden layer's activation; `gate` for those of `ACTIVATIONS` that are gated, else None."""
+    if gate is not None:
+        return _GATED[activation](gate) * hidden
+    return F.gelu(hidden) if activation == "gelu" else F.relu(hidden).square()
