@@ -3,12 +3,15 @@
 `StructuredMatrix` is what they have in common; a new mask is one such class.
 """
 
+from dualscan.semiseparable.costs import Cost, count
 from dualscan.semiseparable.matrix import Dense, StructuredMatrix, closed
+from dualscan.semiseparable.scans import scan
 from dualscan.semiseparable.structured import Cauchy, Cosine, Diagonal, Fourier, LowRank, Toeplitz, Vandermonde
 
 __all__ = [
     "Cauchy",
     "Cosine",
+    "Cost",
     "Dense",
     "Diagonal",
     "Fourier",
@@ -17,4 +20,6 @@ __all__ = [
     "Toeplitz",
     "Vandermonde",
     "closed",
+    "count",
+    "scan",
 ]
