@@ -14,9 +14,13 @@ channel of the convolution, and SSD's 2 (G Q N + H Q P + 2 H P N) in the chunked
 
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
 from dualscan.models.config import ModelConfig
+from dualscan.models.layers import mixer
 from dualscan.nn.attention import Attention
-from dualscan.nn.mlp import MLP
+from dualscan.nn.hybrid.moe import MoE
 from dualscan.ops.ssd.blocks import DEFAULT_CHUNK_SIZE
 from dualscan.ops.ssd.library import backward_flops, forward_flops
 
@@ -80,7 +84,9 @@ def forward_flops_per_sequence(config: ModelConfig, seqlen: int, *, batch: int =
         if kind == "mamba2":
             total += _conv_flops(config, batch * seqlen) + forward_flops(*_ssd_sizes(config, batch, seqlen))
         elif kind == "attention":
-            total += 2 * batch * seqlen * seqlen * _attention_width(config)
+            total += 2 * batch * seqlen * seqlen * _attention_width(config) + _attention_conv_flops(
+                config, batch * seqlen
+            )
     positions = seqlen if logits is None else logits
     return total + 2 * batch * positions * config.padded_vocab_size * config.d_model
 
@@ -120,7 +126,7 @@ def step_flops(config: ModelConfig, *, context: int = 0, batch: int = 1) -> int:
         if kind == "mamba2":
             total += _conv_flops(config, 1) + 4 * config.d_inner * config.d_state
         elif kind == "attention":
-            total += 4 * (context + 1) * _attention_width(config)
+            total += 4 * (context + 1) * _attention_width(config) + _attention_conv_flops(config, 1)
     return batch * (total + 2 * config.padded_vocab_size * config.d_model)
 
 
@@ -143,23 +149,29 @@ def state_bytes(config: ModelConfig, *, batch: int = 1, context: int = 0, activa
             total += activation_bytes * _conv_channels(config) * (config.d_conv - 1)
         elif kind == "attention":
             total += 2 * activation_bytes * context * _kv_width(config)
+            total += activation_bytes * _qkv_width(config) * ((config.attention_conv or 1) - 1)
     return batch * total
 
 
 def _mixer_parameters(config: ModelConfig, kind: str) -> int:
-    matrices = _matrix_weights(config, kind)
-    if kind != "mamba2":
-        return matrices
-    return matrices + _conv_channels(config) * (config.d_conv + 1) + 3 * config.nheads + config.d_inner
+    return sum(parameter.numel() for parameter in _mixer(config, kind).parameters())
 
 
 def _matrix_weights(config: ModelConfig, kind: str) -> int:
-    if kind == "mamba2":
-        in_proj = config.d_model * (config.d_inner + _conv_channels(config) + config.nheads)
-        return in_proj + config.d_inner * config.d_model
-    if kind == "attention":
-        return 2 * config.d_model * (_attention_width(config) + _kv_width(config))
-    return 3 * config.d_model * (config.d_mlp or MLP.default_hidden(config.d_model))
+    """Weights of the matrices that a token is multiplied with: of experts, those that it passes."""
+    layer = _mixer(config, kind)
+    total = sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
+    if isinstance(layer, MoE):
+        experts = (m.weight for m in (layer.gate_proj, layer.up_proj, layer.out_proj) if m is not None)
+        used = layer.router.per_token / layer.n_experts
+        total += layer.router.weight.numel() + round(used * sum(weight.numel() for weight in experts))
+    return total
+
+
+def _mixer(config: ModelConfig, kind: str) -> nn.Module:
+    """The layer itself, without memory: it knows best what it has."""
+    with torch.device("meta"):
+        return mixer(config, kind)
 
 
 def _ssd_sizes(config: ModelConfig, batch: int, seqlen: int) -> tuple[int, int, int, int, int, int, int]:
@@ -176,9 +188,20 @@ def _conv_channels(config: ModelConfig) -> int:
 
 
 def _attention_width(config: ModelConfig) -> int:
-    return config.attention_heads * Attention.default_head_dim(config.d_model, config.attention_heads)
+    return config.attention_heads * _head_dim(config)
 
 
 def _kv_width(config: ModelConfig) -> int:
-    heads = config.n_kv_heads or config.attention_heads
-    return heads * Attention.default_head_dim(config.d_model, config.attention_heads)
+    return (config.n_kv_heads or config.attention_heads) * _head_dim(config)
+
+
+def _qkv_width(config: ModelConfig) -> int:
+    return _attention_width(config) + 2 * _kv_width(config)
+
+
+def _attention_conv_flops(config: ModelConfig, tokens: int) -> int:
+    return 2 * tokens * _qkv_width(config) * (config.attention_conv or 0)
+
+
+def _head_dim(config: ModelConfig) -> int:
+    return config.head_dim or Attention.default_head_dim(config.d_model, config.attention_heads)

@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 
-from dualscan.nn.attention import Attention
-from dualscan.nn.mamba2 import check_sizes
+from dualscan.models.layers import mixer
 
 _WHOLE = ("d_model", "vocab_size", "vocab_multiple", "d_state", "headdim", "expand", "ngroups", "d_conv")
-_WHOLE_OR_NONE = ("chunk_size", "n_heads", "n_kv_heads", "d_mlp")
+_WHOLE_OR_NONE = (
+    *("chunk_size", "norm_groups", "n_heads", "n_kv_heads", "head_dim", "rotary_dim", "attention_conv", "d_mlp"),
+    *("n_experts", "experts_per_token", "d_expert", "d_shared", "router_groups", "router_groups_used"),
+)
+_POSITIVE = ("norm_eps", "embedding_std", "rope_theta")
+_FACTORS = ("attention_scale", "mlp_scale", "gate_scale", "embedding_scale", "residual_scale", "logits_scale")
 
-LAYER_TYPES = {"M": "mamba2", "*": "attention", "-": "mlp"}
+LAYER_TYPES = {"M": "mamba2", "*": "attention", "-": "mlp", "E": "moe"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,8 +28,8 @@ class ModelConfig:
 
     Attributes:
         d_model: width of the residual stream.
-        pattern: one letter a layer: M Mamba-2, * attention, - MLP. "M" * 24 is a pure Mamba-2 model, "MMM*MM-" a
-            hybrid.
+        pattern: one letter a layer: M Mamba-2, * attention, - MLP, E mixture of experts. "M" * 24 is a pure Mamba-2
+            model, "MMM*MM-" a hybrid.
         vocab_size: tokens of the vocabulary.
         vocab_multiple: the embedding is padded to a multiple of this many rows.
         d_state: N, state size per channel of Mamba-2.
@@ -35,12 +39,36 @@ class ModelConfig:
         d_conv: width of the causal convolution.
         dt_limit: clamp of Δ after softplus.
         chunk_size: tokens a chunk of SSD; None takes the operator's default.
+        mamba_bias: bias on the projections of Mamba-2.
+        conv_bias: bias on the convolution of Mamba-2.
+        norm_before_gate: order of norm and gate in Mamba-2.
+        norm_groups: groups of channels that Mamba-2's gated norm treats separately; None takes ngroups.
         n_heads: attention heads; None takes d_model / 64, at least 1.
         n_kv_heads: key and value heads of grouped-query attention; None takes n_heads.
+        head_dim: width of an attention head; None takes d_model / n_heads.
         rope_theta: base of rotary position embedding; None uses no positions.
+        rotary_dim: channels of a head that are rotated; None takes all.
+        attention_bias: bias on the projections of attention.
+        attention_scale: factor of the scores; None takes 1 / √head_dim.
+        attention_conv: width of a causal convolution over queries, keys and values; None has none.
         d_mlp: hidden width of the MLP; None takes its default.
+        mlp_activation: "swiglu", "geglu", "gelu" or "relu2"; of the experts, too.
+        mlp_bias: bias on the projections of the MLP and of the experts' shared one.
+        mlp_scale: factor of what an MLP layer adds.
+        gate_scale: factor of an MLP's gate before its activation.
+        n_experts: experts of a layer E.
+        experts_per_token: experts that a token passes.
+        d_expert: hidden width of an expert.
+        d_shared: hidden width of the MLP beside the experts that every token passes; None has none.
+        router: how experts are chosen and weighted: "topk_softmax", "softmax_topk" or "sigmoid".
+        router_groups: groups of experts, for "sigmoid"; None is 1.
+        router_groups_used: groups that a token may use; None is 1.
+        router_normalize: the weights of a token's experts sum to router_scale, for "sigmoid".
+        router_scale: factor of the weights, for "sigmoid".
         norm_eps: epsilon of every norm.
-        norm_before_gate: order of norm and gate in Mamba-2.
+        embedding_scale: factor of the embedding.
+        residual_scale: factor of what every layer adds.
+        logits_scale: factor of the logits.
         tie_embeddings: the output projection is the embedding.
         embedding_std: standard deviation of the embedding at initialisation.
 
@@ -64,12 +92,36 @@ class ModelConfig:
     d_conv: int = 4
     dt_limit: tuple[float, float] = (0.0, math.inf)
     chunk_size: int | None = None
+    mamba_bias: bool = False
+    conv_bias: bool = True
+    norm_before_gate: bool = False
+    norm_groups: int | None = None
     n_heads: int | None = None
     n_kv_heads: int | None = None
+    head_dim: int | None = None
     rope_theta: float | None = None
+    rotary_dim: int | None = None
+    attention_bias: bool = False
+    attention_scale: float | None = None
+    attention_conv: int | None = None
     d_mlp: int | None = None
+    mlp_activation: str = "swiglu"
+    mlp_bias: bool = False
+    mlp_scale: float = 1.0
+    gate_scale: float = 1.0
+    n_experts: int | None = None
+    experts_per_token: int | None = None
+    d_expert: int | None = None
+    d_shared: int | None = None
+    router: str = "topk_softmax"
+    router_groups: int | None = None
+    router_groups_used: int | None = None
+    router_normalize: bool = True
+    router_scale: float = 1.0
     norm_eps: float = 1e-5
-    norm_before_gate: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
     tie_embeddings: bool = True
     embedding_std: float = 0.02
 
@@ -82,10 +134,14 @@ class ModelConfig:
                 raise TypeError(f"{name}={value!r} must be a whole number.")
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        for name in ("norm_eps", "embedding_std", "rope_theta"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be a positive number.")
+        for name in _FACTORS:
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name}={value} must be a finite number.")
         pair = isinstance(self.dt_limit, tuple) and len(self.dt_limit) == 2
         if not pair or not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
             raise ValueError(f"dt_limit={self.dt_limit} must be (low, high) with 0 <= low <= high; (0.0, inf) is none.")
@@ -98,19 +154,14 @@ class ModelConfig:
             if letter not in LAYER_TYPES:
                 known = ", ".join(f"{key} {name}" for key, name in LAYER_TYPES.items())
                 raise ValueError(f"pattern={self.pattern!r} has the unknown layer {letter!r}; the letters are {known}.")
-        if "M" in self.pattern:
-            check_sizes(
-                d_model=self.d_model,
-                expand=self.expand,
-                headdim=self.headdim,
-                ngroups=self.ngroups,
-                d_state=self.d_state,
-                d_conv=self.d_conv,
-            )
-        if "*" in self.pattern:
-            # The layer knows its own rules; on the meta device it allocates nothing.
-            with torch.device("meta"):
-                Attention(self.d_model, self.attention_heads, n_kv_heads=self.n_kv_heads, rope_theta=self.rope_theta)
+        if "E" in self.pattern:
+            for name in ("n_experts", "experts_per_token", "d_expert"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"pattern={self.pattern!r} has experts (E), which need {name}.")
+        # Layers know their own rules; on the meta device they allocate nothing.
+        with torch.device("meta"):
+            for kind in dict.fromkeys(self.layer_types):
+                mixer(self, kind)
 
     @property
     def n_layers(self) -> int:

@@ -8,11 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualscan.models.config import ModelConfig
+from dualscan.models.layers import block
 from dualscan.nn import init
-from dualscan.nn.attention import Attention
-from dualscan.nn.block import Block
-from dualscan.nn.mamba2 import Mamba2
-from dualscan.nn.mlp import MLP
 from dualscan.nn.norm import RMSNorm
 from dualscan.nn.precision import project
 
@@ -52,9 +49,7 @@ class MambaLM(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
-        self.layers = nn.ModuleList(
-            Block(config.d_model, _mixer(config, kind), norm_eps=config.norm_eps) for kind in config.layer_types
-        )
+        self.layers = nn.ModuleList(block(config, kind) for kind in config.layer_types)
         self.norm_f = RMSNorm(config.d_model, eps=config.norm_eps)
         self.lm_head = None
         if not config.tie_embeddings:
@@ -68,10 +63,8 @@ class MambaLM(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for block in self.layers:
-            projection = block.get_submodule("mixer.out_proj")
-            assert isinstance(projection, nn.Linear)
-            init.scale_residual_projection(projection, self.config.n_layers)
+        for layer in self.layers:
+            init.scale_residual_projection(layer.get_parameter("mixer.out_proj.weight"), self.config.n_layers)
 
     def forward(
         self,
@@ -114,7 +107,7 @@ class MambaLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         reuse_state: bool = False,
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """The normalised hidden states `(batch, seqlen, d_model)` before the output projection, and the state."""
+        """The hidden states `(batch, seqlen, d_model)` that the output projection takes, and the state."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected (batch, seqlen).")
         if tokens.dtype not in (torch.int64, torch.int32):
@@ -124,11 +117,16 @@ class MambaLM(nn.Module):
         h = self._embed(tokens)
         if h.dtype in (torch.bfloat16, torch.float16):
             h = h.float()
+        if self.config.embedding_scale != 1.0:
+            h = h * self.config.embedding_scale
         states = []
-        for i, block in enumerate(self.layers):
-            h, layer_state = block(h, None if state is None else state[i], cu_seqlens, reuse_state=reuse_state)
+        for i, layer in enumerate(self.layers):
+            h, layer_state = layer(h, None if state is None else state[i], cu_seqlens, reuse_state=reuse_state)
             states.append(layer_state)
-        return self.norm_f(h).to(self.output_weight.dtype), tuple(states)
+        h = self.norm_f(h)
+        if self.config.logits_scale != 1.0:
+            h = h * self.config.logits_scale
+        return h.to(self.output_weight.dtype), tuple(states)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         try:
@@ -171,24 +169,3 @@ class MambaLM(nn.Module):
         from dualscan.models.weights import save
 
         save(self, folder)
-
-
-def _mixer(config: ModelConfig, kind: str) -> nn.Module:
-    if kind == "mamba2":
-        return Mamba2(
-            config.d_model,
-            d_state=config.d_state,
-            headdim=config.headdim,
-            expand=config.expand,
-            ngroups=config.ngroups,
-            d_conv=config.d_conv,
-            dt_limit=config.dt_limit,
-            chunk_size=config.chunk_size,
-            norm_eps=config.norm_eps,
-            norm_before_gate=config.norm_before_gate,
-        )
-    if kind == "attention":
-        return Attention(
-            config.d_model, config.attention_heads, n_kv_heads=config.n_kv_heads, rope_theta=config.rope_theta
-        )
-    return MLP(config.d_model, config.d_mlp)

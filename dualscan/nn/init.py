@@ -23,13 +23,14 @@ def step_size_bias(nheads: int, low: float = 1e-3, high: float = 1e-1, floor: fl
 
 
 @torch.no_grad()
-def scale_residual_projection(projection: nn.Linear, residuals: int) -> None:
+def scale_residual_projection(weight: Tensor, residuals: int) -> None:
     """Kaiming-uniform (a = √5) divided by √residuals, so that the residual stream keeps its variance with depth
     (GPT-2).
 
     Args:
-        projection: the last linear map of a branch.
+        weight: of the last linear map of a branch, `(out, in)`, or of several experts, `(n_experts, out, in)`.
         residuals: how many branches are added to the stream in the whole model.
     """
-    nn.init.kaiming_uniform_(projection.weight, a=math.sqrt(5))
-    projection.weight.div_(math.sqrt(residuals))
+    for matrix in weight.view(-1, *weight.shape[-2:]):
+        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+    weight.div_(math.sqrt(residuals))

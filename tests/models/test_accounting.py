@@ -27,6 +27,9 @@ PATTERNS = {
     "groups": {"pattern": "M", "ngroups": 4, "d_conv": 3},
     "attention": {"pattern": "**", "n_heads": 4, "n_kv_heads": 2},
     "mlp": {"pattern": "-M", "d_mlp": 40},
+    "wide attention": {"pattern": "*", "n_heads": 3, "n_kv_heads": 1, "head_dim": 16, "attention_conv": 4},
+    "biases": {"pattern": "M*-", "mamba_bias": True, "conv_bias": False, "attention_bias": True, "mlp_bias": True},
+    "experts": {"pattern": "E", "n_experts": 4, "experts_per_token": 2, "d_expert": 24, "d_shared": 16},
     "hybrid": {"pattern": "M*-M", "tie_embeddings": False, "n_heads": 2},
 }
 
@@ -44,7 +47,8 @@ def flops(run: Callable[[], Any]) -> int:
 
 def skipped_half(config: ModelConfig, seqlen: int, batch: int) -> int:
     """The upper triangles of attention's two products, which that form computes and a causal one need not."""
-    return config.layer_types.count("attention") * 2 * batch * seqlen * seqlen * config.d_model
+    width = config.n_heads * config.head_dim if config.n_heads and config.head_dim else config.d_model
+    return config.layer_types.count("attention") * 2 * batch * seqlen * seqlen * width
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -72,6 +72,9 @@ def test_published_sizes(name: str) -> None:
         ({"norm_eps": math.nan}, ValueError, ["norm_eps=nan"]),
         ({"rope_theta": -5.0}, ValueError, ["rope_theta=-5.0"]),
         ({"embedding_std": -1.0}, ValueError, ["embedding_std=-1.0"]),
+        ({"logits_scale": math.inf}, ValueError, ["logits_scale=inf", "finite"]),
+        ({"pattern": "ME", "n_experts": 2, "d_expert": 3}, ValueError, ["'ME'", "experts_per_token"]),
+        ({"mlp_activation": "tanh"}, ValueError, ["'tanh'", "swiglu"]),
     ],
 )
 def test_bad_values(changes: dict[str, Any], error: type[Exception], words: list[str]) -> None:

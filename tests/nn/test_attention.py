@@ -252,6 +252,7 @@ def test_convolution_scale_and_partial_rotation():
     u = torch.randn(2, 7, D, dtype=torch.float64)
     qkv = torch.cat([p(u) for p in (attention.q_proj, attention.k_proj, attention.v_proj)], dim=-1)
     conv = attention.conv1d
+    assert conv is not None
     qkv = torch.nn.functional.pad(qkv.mT, (width - 1, 0))
     qkv = torch.nn.functional.conv1d(qkv, conv.weight, conv.bias, groups=qkv.shape[1]).mT
     q, k, v = (t.unflatten(-1, (-1, D // 4)) for t in qkv.split([D, D // 2, D // 2], dim=-1))

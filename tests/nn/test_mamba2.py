@@ -204,7 +204,7 @@ def test_initialisation_is_the_papers() -> None:
     assert abs(dt.log10().mean().item() + 2) < 4 * 2 / math.sqrt(12 * heads)
     assert (F.softplus(init.step_size_bias(64, low=1e-6, high=1e-5, floor=1e-4)) - 1e-4).abs().max() < 1e-7
     projection = torch.nn.Linear(300, 200)
-    init.scale_residual_projection(projection, 9)
+    init.scale_residual_projection(projection.weight, 9)
     bound = 1 / math.sqrt(300) / 3
     assert projection.weight.abs().max() <= bound
     assert abs(projection.weight.std().item() - bound / math.sqrt(3)) < 4 * bound / math.sqrt(projection.weight.numel())

@@ -71,5 +71,6 @@ def test_refuses(wrong: dict, words: str):
 
 def test_gate_scale_and_geglu():
     mlp, u = MLP(8, 12, activation="geglu", bias=True, gate_scale=0.7), torch.randn(3, 4, 8)
+    assert mlp.gate_proj is not None
     gate = torch.nn.functional.gelu(0.7 * mlp.gate_proj(u))
     torch.testing.assert_close(mlp(u)[0], mlp.out_proj(gate * mlp.up_proj(u)))

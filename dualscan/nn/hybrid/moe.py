@@ -1,5 +1,7 @@
 """A mixture of experts (arXiv 1701.06538): each token passes through the few MLPs that a router picks for it."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,6 +77,7 @@ class Router(Float32Parameters):
     def _sigmoid(self, u: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(u.dtype, torch.float32)
         scores = F.linear(u.to(dtype), self.weight.to(dtype)).sigmoid()
+        assert self.bias is not None
         choice = scores.detach() + self.bias
         if self.groups_used < self.groups:
             grouped = choice.unflatten(-1, (self.groups, -1))
@@ -142,7 +145,7 @@ class MoE(nn.Module):
         activation: str = "swiglu",
         bias: bool = False,
         router: str = "topk_softmax",
-        **routing: float,
+        **routing: Any,
     ):
         super().__init__()
         if activation not in ACTIVATIONS:

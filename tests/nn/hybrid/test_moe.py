@@ -28,13 +28,18 @@ def layer(**options: Any) -> MoE:
     return moe
 
 
+def balance(moe: MoE) -> list[float]:
+    assert moe.router.bias is not None
+    return moe.router.bias.tolist()
+
+
 def picked(moe: MoE, token: torch.Tensor) -> list[tuple[float, int]]:
     """Weight and expert of one token, by brute force."""
     router = moe.router
     scores = (router.weight @ token).tolist()
     if router.kind == "sigmoid":
         gates = [1 / (1 + math.exp(-s)) for s in scores]
-        choice = [g + b for g, b in zip(gates, router.bias.tolist(), strict=True)]
+        choice = [g + b for g, b in zip(gates, balance(moe), strict=True)]
         size = len(choice) // router.groups
         ranks = [sum(sorted(choice[i * size : (i + 1) * size])[-2:]) for i in range(router.groups)]
         groups = sorted(range(router.groups), key=lambda i: -ranks[i])[: router.groups_used]
@@ -56,6 +61,7 @@ def test_each_token_goes_through_its_experts(options: dict[str, Any], activation
     y, state = moe(u)
     assert state is None
     expected = torch.zeros_like(u)
+    shared = 0 if moe.shared is None else moe.shared(u)[0]
     for place in torch.cartesian_prod(torch.arange(2), torch.arange(5)).tolist():
         token = u[tuple(place)]
         for weight, i in picked(moe, token):
@@ -65,9 +71,7 @@ def test_each_token_goes_through_its_experts(options: dict[str, Any], activation
             else:
                 hidden = F.silu(moe.gate_proj.weight[i] @ token) * hidden
             expected[tuple(place)] += weight * (moe.out_proj.weight[i] @ hidden)
-    if d_shared is not None:
-        expected += moe.shared(u)[0]
-    assert_close("y", y, expected, dtype=torch.float64)
+    assert_close("y", y, expected + shared, dtype=torch.float64)
 
 
 def test_gradients_reach_the_router_and_the_experts() -> None:
@@ -92,7 +96,11 @@ def test_one_expert_is_an_mlp() -> None:
 
 
 def test_the_balancing_bias_stays_float32() -> None:
-    assert MoE(D, n_experts=2, per_token=1, d_expert=3, router="sigmoid").bfloat16().router.bias.dtype == torch.float32
+    moe = MoE(D, n_experts=2, per_token=1, d_expert=3, router="sigmoid").bfloat16()
+    assert {name: p.dtype for name, p in moe.router.named_parameters()} == {
+        "weight": torch.bfloat16,
+        "bias": torch.float32,
+    }
 
 
 @pytest.mark.parametrize(
