@@ -1,12 +1,23 @@
-"""The residual block around any mixer, and the table of mixers that a layer pattern names."""
+"""The residual block around any mixer, and one token through a stack of blocks."""
 
-from typing import Any
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from dualscan.nn.mamba2 import Mamba2
+from dualscan.nn.mamba2 import Mamba2, Mamba2State, needs_operators
 from dualscan.nn.norm import RMSNorm
+from dualscan.nn.step import Watch, make_plan
+from dualscan.ops import decode
+
+if TYPE_CHECKING:
+    from dualscan.ops.decode.numba_step import Plan
+
+# What is known of stacks of blocks: how they were, and their runs.
+_STACKS: "WeakKeyDictionary[nn.ModuleList, tuple[Watch, list[tuple[int, Plan | None]]]]" = WeakKeyDictionary()
 
 
 class Block(nn.Module):
@@ -23,17 +34,8 @@ class Block(nn.Module):
         self.norm = RMSNorm(d_model, eps=norm_eps)
         self.mixer = mixer
 
-    def forward(
-        self, h: Tensor, state: Any = None, cu_seqlens: Tensor | None = None, *, reuse_state: bool = False
-    ) -> tuple[Tensor, Any]:
-        """Adds the mixer's output to `(batch, seqlen, d_model)` and passes its state on.
-
-        With `reuse_state` the given state is not needed any more, and the next one may take its place in memory.
-        """
-        if cu_seqlens is None and state is not None and h.shape[1] == 1 and isinstance(self.mixer, Mamba2):
-            stepped = self.mixer.block_step(self.norm, h, state, reuse_state=reuse_state)
-            if stepped is not None:
-                return stepped
+    def forward(self, h: Tensor, state: Any = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Adds the mixer's output to `(batch, seqlen, d_model)` and passes its state on."""
         y, state = self.mixer(self.norm(h).to(self.compute_dtype), state, cu_seqlens)
         return h + y, state
 
@@ -41,3 +43,53 @@ class Block(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the mixer's matrices; the residual stream itself stays in float32."""
         return self.mixer.get_parameter("out_proj.weight").dtype
+
+
+def step_blocks(
+    blocks: nn.ModuleList, h: Tensor, states: Sequence[Any], *, reuse_state: bool = False
+) -> tuple[Tensor, list[Any]]:
+    """One token through the blocks of a model; a run of Mamba-2 blocks goes through one kernel where that is possible.
+
+    Args:
+        blocks: in their order.
+        h: `(batch, 1, d_model)`, the residual stream.
+        states: one a block; not modified, unless `reuse_state`.
+        reuse_state: the next states may take the place of the given ones.
+
+    Returns:
+        The residual stream after the last block, and the next states.
+    """
+    after: list[Any] = []
+    direct = h.dtype == torch.float32 and not needs_operators(h) and not torch.compiler.is_compiling()
+    for length, plan in _runs(blocks) if direct else [(len(blocks), None)]:
+        begin = len(after)
+        end = begin + length
+        stepped = None if plan is None else decode.step(plan, h[:, 0], states[begin:end], reuse_state=reuse_state)
+        if stepped is not None:
+            h = stepped[0].unsqueeze(1)
+            after += [Mamba2State(*state) for state in stepped[1]]
+            continue
+        for block, state in zip(blocks[begin:end], states[begin:end], strict=True):
+            h, state = block(h, state)
+            after.append(state)
+    return h, after
+
+
+def _runs(blocks: nn.ModuleList) -> "list[tuple[int, Plan | None]]":
+    """The blocks as runs, each with its length and its plan if it is one of Mamba-2 blocks; they are planned once."""
+    known = _STACKS.get(blocks)
+    if known is None or not known[0].unchanged():
+        merged, runs = [], []
+        for mergeable, group in groupby(blocks, _may_merge):
+            run: list[Any] = list(group)
+            merged += [(block, block.norm, block.mixer) for block in run if mergeable]
+            runs.append((len(run), make_plan([(block.mixer, block.norm) for block in run]) if mergeable else None))
+        known = _STACKS[blocks] = Watch(blocks, [module for modules in merged for module in modules]), runs
+    return known[1]
+
+
+def _may_merge(block: nn.Module) -> bool:
+    """Whether a kernel does the same as calling the block and the modules in it, which runs their hooks."""
+    if type(block) is not Block or type(block.mixer) is not Mamba2:
+        return False
+    return not any(m._forward_hooks or m._forward_pre_hooks for m in (block, block.norm, block.mixer))

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dualscan.nn import init
-from dualscan.nn.norm import RMSNorm
 from dualscan.nn.precision import Float32Parameters, project
-from dualscan.nn.step import mamba2_block_step, mamba2_step
+from dualscan.nn.step import mamba2_step
 from dualscan.ops.conv1d import causal_conv1d
 from dualscan.ops.conv1d.validate import MAX_WIDTH
 from dualscan.ops.norm import gated_rms_norm
@@ -138,7 +137,7 @@ class Mamba2(Float32Parameters):
         """
         if u.ndim != 3 or u.shape[-1] != self.d_model:
             raise ValueError(f"Mamba2: u has shape {tuple(u.shape)}; expected (batch, seqlen, d_model={self.d_model}).")
-        if u.shape[1] == 1 and state is not None and cu_seqlens is None and not _needs_operators(u):
+        if u.shape[1] == 1 and state is not None and cu_seqlens is None and not needs_operators(u):
             _check_batch(u, state)
             y, *after = mamba2_step(self, u, *state)
             return y, Mamba2State(*after)
@@ -155,23 +154,6 @@ class Mamba2(Float32Parameters):
         y, ssm_state = self._mix(xBC, dt, None if state is None else state.ssm, cu_seqlens)
         y = project(self.norm(y, z), self.out_proj.weight, self.out_proj.bias)
         return y, Mamba2State(conv_state, ssm_state)
-
-    def block_step(
-        self, norm: RMSNorm, h: Tensor, state: Mamba2State, *, reuse_state: bool = False
-    ) -> tuple[Tensor, Mamba2State] | None:
-        """One token of the residual block around the mixer as one kernel; None where there is none, or for gradients.
-
-        Args:
-            norm: the block's norm.
-            h: `(batch, 1, d_model)`, the residual stream.
-            state: as in `forward`.
-            reuse_state: the next state may take the place of `state` in memory.
-        """
-        if _needs_operators(h):
-            return None
-        _check_batch(h, state)
-        stepped = mamba2_block_step(self, norm, h, *state, reuse_state=reuse_state)
-        return None if stepped is None else (stepped[0], Mamba2State(*stepped[1:]))
 
     def _mix(
         self, xBC: Tensor, dt: Tensor, ssm_state: Tensor | None, cu_seqlens: Tensor | None
@@ -213,7 +195,7 @@ def _check_batch(u: Tensor, state: Mamba2State) -> None:
         raise ValueError(f"Mamba2: u has batch {u.shape[0]}, the state {state.ssm.shape[0]}; they must agree.")
 
 
-def _needs_operators(u: Tensor) -> bool:
+def needs_operators(u: Tensor) -> bool:
     """Whether a step must go through the operators: for gradients, or to keep float32 under autocast."""
     return torch.is_grad_enabled() or torch.is_autocast_enabled(u.device.type)
 

@@ -1,15 +1,18 @@
-"""One token through a Mamba-2 mixer, without gradients: what decoding spends its time on.
+"""One token through Mamba-2 mixers, without gradients: what decoding spends its time on.
 
 The same mathematics as `Mamba2.forward`, written with as few tensor operations as it takes. A step does almost no
 arithmetic: beside reading the weights and the state, it is calls, checks and small operations that cost time, all the
-more since every matrix product empties the caches that they run from.
+more since every matrix product empties the caches that they run from. On a CPU a kernel takes whole runs of layers.
 """
 
-from typing import TYPE_CHECKING
+import operator
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualscan.nn.precision import project
 from dualscan.ops import decode
@@ -17,6 +20,11 @@ from dualscan.ops import decode
 if TYPE_CHECKING:
     from dualscan.nn.mamba2 import Mamba2
     from dualscan.nn.norm import RMSNorm
+    from dualscan.ops.decode.numba_step import Plan
+
+_PLANS: "WeakKeyDictionary[nn.Module, tuple[Watch, Plan | None]]" = WeakKeyDictionary()
+# What a plan takes from the modules beside their parameters.
+_SETTINGS = {"d_inner", "dt_limit", "eps", "group_size", "ngroups", "norm_before_gate"}
 
 
 def mamba2_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,53 +39,85 @@ def mamba2_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[
     Returns:
         y `(batch, 1, d_model)` and the next conv and ssm states; the given ones are not modified.
     """
-    arguments = _kernel_arguments(mixer, u, conv, ssm)
-    if arguments is None:
+    stepped = None
+    if not torch.compiler.is_compiling():
+        known = _PLANS.get(mixer)
+        if known is None or not known[0].unchanged():
+            known = _PLANS[mixer] = Watch([mixer]), make_plan([(mixer, None)])
+        if known[1] is not None:
+            stepped = decode.step(known[1], u[:, 0], [(conv, ssm)])
+    if stepped is None:
         return _portable_step(mixer, u, conv, ssm)
-    y, conv, ssm = decode.mamba2_step(u[:, 0].float().contiguous(), conv, ssm, *arguments)
+    y, ((conv, ssm),) = stepped
     return y.to(u.dtype).unsqueeze(1), conv, ssm
 
 
-def mamba2_block_step(
-    mixer: "Mamba2", norm: "RMSNorm", h: Tensor, conv: Tensor, ssm: Tensor, *, reuse_state: bool
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """`h + mixer(norm(h))` for one token of the residual stream, or None where the kernel does not run.
+class Watch:
+    """Notices whether modules are still as they were: their submodules, settings and parameters, and where these are.
+
+    Asked before every decoding step, with cold caches: it goes around `Module.__getattr__` and leaves loops to `map`.
+    It refers to what the modules hold, not to the modules, so that it can be kept in a weak dictionary under them.
 
     Args:
-        mixer: the layer.
-        norm: before it.
-        h: `(batch, 1, d_model)` float32.
-        conv: as in `mamba2_step`.
-        ssm: as in `mamba2_step`.
-        reuse_state: the next ssm state may take the place of the given one.
-
-    Returns:
-        The residual stream after the layer, and the next states.
+        modules: watched with their submodules.
+        unhooked: have no hooks now, and must not get any.
     """
-    arguments = None
-    if h.dtype == norm.weight.dtype == torch.float32:
-        arguments = _kernel_arguments(mixer, h, conv, ssm)
-    if arguments is None:
-        return None
-    y, conv, ssm = decode.mamba2_step(
-        h[:, 0].contiguous(), conv, ssm, *arguments, (norm.weight, norm.eps), reuse_state=reuse_state
-    )
-    return y.unsqueeze(1), conv, ssm
+
+    def __init__(self, modules: Iterable[nn.Module], unhooked: Iterable[nn.Module] = ()):
+        self._owners: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._values: list[Any] = []
+        self._hooks = [hooks for m in unhooked for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        for root in modules:
+            for module in root.modules():
+                self._add(vars(module), [name for name in vars(module) if name in _SETTINGS])
+                self._add(module._parameters, module._parameters)
+                self._add(module._modules, module._modules)
+        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+        self._places = self._find()
+
+    def _add(self, owner: dict[str, Any], names: Iterable[str]) -> None:
+        for name in names:
+            self._owners.append(owner)
+            self._names.append(name)
+            self._values.append(owner[name])
+
+    def _find(self) -> list[Any]:
+        return [*map(Tensor.data_ptr, self._tensors), *(tensor.dtype for tensor in self._tensors)]
+
+    def unchanged(self) -> bool:
+        """Whether nothing was replaced, set or moved. Values that changed in place do not count."""
+        return (
+            not any(self._hooks)
+            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
+            and self._find() == self._places
+        )
 
 
-def _kernel_arguments(
-    mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor
-) -> tuple[decode.Parameters, decode.Sizes] | None:
-    """What the kernel wants to know of the mixer; None where it does not run."""
-    in_proj, conv1d, norm, out_proj = mixer.in_proj, mixer.conv1d, mixer.norm, mixer.out_proj
-    parameters = decode.Parameters(
-        *(in_proj.weight, in_proj.bias, conv1d.weight, conv1d.bias),
-        *(mixer.A_log, mixer.dt_bias, mixer.D, norm.weight, out_proj.weight, out_proj.bias),
-    )
-    if torch.compiler.is_compiling() or not decode.supports(u.shape[0], conv, ssm, parameters):
-        return None
-    norm_groups = mixer.d_inner // (norm.group_size or mixer.d_inner)
-    return parameters, decode.Sizes(mixer.ngroups, norm_groups, norm.norm_before_gate, norm.eps, mixer.dt_limit)
+def make_plan(layers: "Sequence[tuple[Mamba2, RMSNorm | None]]") -> "Plan | None":
+    """The kernel's plan of mixers, each with the norm before it, or None where the kernel does not run.
+
+    With a norm a layer is `h + mixer(norm(h))`, without one it is the mixer alone.
+    """
+    parameters, sizes = [], []
+    for mixer, before in layers:
+        in_proj, conv1d, norm, out_proj = mixer.in_proj, mixer.conv1d, mixer.norm, mixer.out_proj
+        # Another kind of projection, such as one with an adapter, wants to be called; the kernel reads the weights.
+        if type(in_proj) is not nn.Linear or type(out_proj) is not nn.Linear or type(conv1d) is not nn.Conv1d:
+            return None
+        parameters.append(
+            decode.Parameters(
+                *(in_proj.weight, in_proj.bias, conv1d.weight, conv1d.bias),
+                *(mixer.A_log, mixer.dt_bias, mixer.D, norm.weight, out_proj.weight, out_proj.bias),
+                None if before is None else before.weight,
+            )
+        )
+        norm_groups = mixer.d_inner // (norm.group_size or mixer.d_inner)
+        before_eps = 0.0 if before is None else before.eps
+        sizes.append(
+            decode.Sizes(mixer.ngroups, norm_groups, norm.norm_before_gate, norm.eps, mixer.dt_limit, before_eps)
+        )
+    return decode.plan(parameters, sizes[0]) if sizes.count(sizes[0]) == len(sizes) else None
 
 
 def _portable_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,12 +5,15 @@ The other tests compare the operators with everything else.
 
 import copy
 import math
+from typing import cast
 
 import pytest
 import torch
+from torch import nn
 
-from dualscan.nn.block import Block
+from dualscan.nn.block import Block, step_blocks
 from dualscan.nn.mamba2 import Mamba2, Mamba2State
+from dualscan.nn.mlp import MLP
 from dualscan.nn.precision import project
 from dualscan.ops.decode import MOST_ROWS
 from tests.oracle import assert_close
@@ -75,12 +78,17 @@ def test_step_under_autocast_keeps_the_state_in_float32() -> None:
 def test_the_block_steps_as_its_parts(dtype: torch.dtype, batch: int) -> None:
     block = Block(32, Mamba2(32, d_state=12, headdim=8), norm_eps=1e-3).to(dtype)
     torch.nn.init.normal_(block.norm.weight)
+
+    def step(block, state, **options):
+        out, (after,) = step_blocks(nn.ModuleList([block]), h[:, 5:], [state], **options)
+        return out, after
+
     h = torch.randn(batch, 6, 32)
     with torch.no_grad():
         _, state = block(h[:, :5])
-        out, after = block(h[:, 5:], state)
+        out, after = step(block, state)
         kept = Mamba2State(*(t.clone() for t in state))
-        again, after_again = block(h[:, 5:], kept, reuse_state=True)
+        again, after_again = step(block, kept, reuse_state=True)
     assert torch.equal(out, again)
     assert all(torch.equal(a, b) for a, b in zip(after, after_again, strict=True))
     assert (after_again.ssm.data_ptr() == kept.ssm.data_ptr()) == (batch <= MOST_ROWS)
@@ -92,6 +100,95 @@ def test_the_block_steps_as_its_parts(dtype: torch.dtype, batch: int) -> None:
     for name in Mamba2State._fields:
         yardstick = getattr(operators_after, name)
         assert_close(name, getattr(after, name), getattr(expected_after, name), dtype=dtype, yardstick=yardstick)
+
+
+def stack(pattern: str, dtype: torch.dtype) -> nn.ModuleList:
+    mixers = {"M": lambda: Mamba2(32, d_state=12, headdim=8, ngroups=2), "-": lambda: MLP(32, 48)}
+    blocks = nn.ModuleList(Block(32, mixers[letter](), norm_eps=1e-3) for letter in pattern)
+    for block in blocks:
+        nn.init.normal_(block.norm.weight)
+    return blocks.to(dtype)
+
+
+@torch.no_grad()
+def decode(blocks: nn.ModuleList, h: torch.Tensor, **options) -> tuple[list[torch.Tensor], list]:
+    """The residual stream of each token after the first, and the last states."""
+    states, first = [], h[:, :1]
+    for block in blocks:
+        first, state = block(first)
+        states.append(state)
+    outs = []
+    for token in h[:, 1:].split(1, dim=1):
+        out, states = step_blocks(blocks, token, states, **options)
+        outs.append(out)
+    return outs, states
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pattern", ["MMM", "M-MM-", "MM-M"])
+@pytest.mark.parametrize("reuse_state", [False, True])
+def test_a_stack_steps_as_it_reads_the_sequence(pattern: str, dtype: torch.dtype, reuse_state: bool) -> None:
+    blocks, h = stack(pattern, dtype), torch.randn(2, 9, 32)
+    outs, states = decode(blocks, h, reuse_state=reuse_state)
+    exact, parallel, reference = copy.deepcopy(blocks).double(), h, h.double()
+    for block, exact_block, state in zip(blocks, exact, states, strict=True):
+        parallel, after = block(parallel)
+        reference, exact_after = exact_block(reference)
+        if isinstance(state, Mamba2State):
+            assert_close("ssm", state.ssm, exact_after.ssm, dtype=dtype, yardstick=after.ssm)
+            assert_close("conv", state.conv, exact_after.conv, dtype=dtype, yardstick=after.conv)
+    assert_close("out", torch.cat(outs, 1), reference[:, 1:], dtype=dtype, yardstick=parallel[:, 1:])
+
+
+def change_weight(block: Block) -> None:
+    weight = block.get_parameter("mixer.in_proj.weight")
+    weight.data = weight.data * 2
+
+
+def replace_parameter(block: Block) -> None:
+    weight = nn.Parameter(torch.randn_like(block.get_parameter("mixer.conv1d.weight")))
+    block.get_submodule("mixer.conv1d").register_parameter("weight", weight)
+
+
+def replace_mixer(block: Block) -> None:
+    block.mixer = Mamba2(32, d_state=12, headdim=8, ngroups=2)
+
+
+def update_in_place(block: Block) -> None:
+    nn.init.normal_(block.get_parameter("mixer.A_log"))
+
+
+def change_setting(block: Block) -> None:
+    block.mixer.dt_limit = (0.5, 0.6)
+
+
+def hook_mixer(block: Block) -> None:
+    block.mixer.register_forward_hook(lambda module, inputs, output: (output[0] * 2, output[1]))
+
+
+def hook_block(block: Block) -> None:
+    block.register_forward_hook(lambda module, inputs, output: (output[0] * 2, output[1]))
+
+
+def lower_precision(block: Block) -> None:
+    block.bfloat16()
+
+
+CHANGES = [
+    *(change_weight, replace_parameter, update_in_place, change_setting, hook_mixer, hook_block, replace_mixer),
+    lower_precision,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_changed_model_is_planned_anew(change) -> None:
+    blocks, h = stack("MMM", torch.float32), torch.randn(1, 4, 32)
+    before, _ = decode(blocks, h)
+    change(cast(Block, blocks[1]))
+    after, _ = decode(blocks, h)
+    fresh, _ = decode(copy.deepcopy(blocks), h)
+    assert not torch.equal(before[-1], after[-1])
+    torch.testing.assert_close(after[-1], fresh[-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

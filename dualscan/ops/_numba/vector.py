@@ -112,6 +112,16 @@ int64 = _pointer_to(types.int64)
 
 
 @intrinsic
+def like(_typing, pointer, address):
+    """An address as a pointer to what another pointer points to."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[1], context.get_value_type(signature.return_type))
+
+    return pointer(pointer, types.int64), generate
+
+
+@intrinsic
 def at(_typing, pointer, offset):
     """`pointer + offset`, counted in elements."""
 

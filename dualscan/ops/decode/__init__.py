@@ -1,22 +1,30 @@
-"""Decoding on a CPU: a product with few vectors, and one token through a Mamba-2 mixer as one kernel.
+"""Decoding on a CPU: a product with few vectors, and one token through Mamba-2 layers as one kernel.
 
 `dualscan.nn.step` is the specification of the latter. The kernels read the weights and the state once; beside that,
 nothing of a decoding step takes time.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dualscan.ops import _numba
 
+if TYPE_CHECKING:
+    from dualscan.ops.decode.numba_step import Plan
+
 # Beyond this many rows a general matrix product reads the weights as often and computes faster.
 MOST_ROWS = 4
 
+# Of one layer: the convolution's `(batch, channels, d_conv - 1)` in any strides, best time-major, and the
+# `(batch, nheads, headdim, d_state)` float32 of SSD.
+State = tuple[Tensor, Tensor]
+
 
 class Parameters(NamedTuple):
-    """A mixer's parameters: the matrices and the convolution in one dtype, the others float32."""
+    """A layer's parameters: the matrices and the convolution in one dtype, the others float32."""
 
     in_weight: Tensor  # (2 d_inner + 2 ngroups d_state + nheads, d_model)
     in_bias: Tensor | None
@@ -28,6 +36,8 @@ class Parameters(NamedTuple):
     norm_weight: Tensor  # (d_inner,)
     out_weight: Tensor  # (d_model, d_inner)
     out_bias: Tensor | None
+    # (d_model,): of the RMSNorm before the mixer, whose output is then added to the residual stream; or the mixer alone
+    before: Tensor | None
 
 
 class Sizes(NamedTuple):
@@ -38,17 +48,17 @@ class Sizes(NamedTuple):
     norm_before_gate: bool
     norm_eps: float
     dt_limit: tuple[float, float]
+    before_eps: float = 0.0
 
 
 def runs(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether the kernels take few rows `x` (rows, size) and weights of its dtype: on a CPU, in plain order."""
-    return x.is_contiguous() and _takes(x.shape[0], x.device, x.dtype, weights)
+    return x.shape[0] <= MOST_ROWS and x.is_contiguous() and _takes(x.device, x.dtype, weights)
 
 
-def _takes(rows: int, device: torch.device, dtype: torch.dtype, weights: tuple[Tensor | None, ...]) -> bool:
+def _takes(device: torch.device, dtype: torch.dtype, weights: tuple[Tensor | None, ...]) -> bool:
     return (
-        rows <= MOST_ROWS
-        and _numba.obstacle(device) is None
+        _numba.obstacle(device) is None
         and _numba.unsupported(dtype) is None
         and all(t.dtype == dtype and t.is_contiguous() for t in weights if t is not None)
     )
@@ -70,42 +80,42 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return numba_step.project(x, weight, bias)
 
 
-def supports(rows: int, conv: Tensor, ssm: Tensor, parameters: Parameters) -> bool:
-    """Whether the step's kernel takes these tensors: on a CPU, few rows, one dtype for the weights, in plain order."""
-    low = (
-        *(parameters.in_weight, parameters.in_bias, parameters.conv_weight, parameters.conv_bias),
-        *(parameters.out_weight, parameters.out_bias),
-    )
-    exact = ssm, parameters.A_log, parameters.dt_bias, parameters.D, parameters.norm_weight
-    in_order = all(t.dtype == torch.float32 and t.is_contiguous() for t in exact)
-    return in_order and _takes(rows, ssm.device, conv.dtype, low)
-
-
-def mamba2_step(
-    u: Tensor,
-    conv: Tensor,
-    ssm: Tensor,
-    parameters: Parameters,
-    sizes: Sizes,
-    norm: tuple[Tensor, float] | None = None,
-    *,
-    reuse_state: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixes one token of tensors that `supports` accepts.
-
-    Args:
-        u: `(batch, d_model)` float32, contiguous.
-        conv: `(batch, channels, d_conv - 1)`, any strides.
-        ssm: `(batch, nheads, headdim, d_state)` float32.
-        parameters: of the layer.
-        sizes: of the layer.
-        norm: the float32 weight and the epsilon of the RMSNorm before the mixer. Then u is the residual stream: it is
-            normalised, mixed, and added to the result.
-        reuse_state: writes the next ssm state over the given one, which saves a third of the state's traffic.
+def plan(layers: Sequence[Parameters], sizes: Sizes) -> "Plan | None":
+    """What the kernel needs to know of layers of one shape; good for as long as their parameters stay where they are.
 
     Returns:
-        y like u, and the next conv and ssm states; the given ones are not modified, unless `reuse_state`.
+        None where the kernel does not run: it takes CPU tensors, one dtype for the matrices, all in plain order.
     """
+    shapes = [None if t is None else t.shape for t in layers[0]]
+    for layer in layers:
+        low = layer.in_weight, layer.in_bias, layer.conv_weight, layer.conv_bias, layer.out_weight, layer.out_bias
+        exact = layer.A_log, layer.dt_bias, layer.D, layer.norm_weight, layer.before
+        if [None if t is None else t.shape for t in layer] != shapes:
+            return None
+        if not all(t.dtype == torch.float32 and t.is_contiguous() for t in exact if t is not None):
+            return None
+        if not _takes(layer.A_log.device, layers[0].in_weight.dtype, low):
+            return None
     from dualscan.ops.decode import numba_step
 
-    return numba_step.step(u, conv, ssm, parameters, sizes, norm, reuse_state)
+    return numba_step.Plan(layers, sizes)
+
+
+def step(
+    plan: "Plan", u: Tensor, states: Sequence[State], *, reuse_state: bool = False
+) -> tuple[Tensor, list[State]] | None:
+    """One token through the layers of a plan, all in one launch.
+
+    Args:
+        plan: of the layers.
+        u: `(batch, d_model)`.
+        states: one a layer.
+        reuse_state: writes the next states over the given ones, which saves a third of the state's traffic.
+
+    Returns:
+        The last layer's output, float32 like u's shape, and the next states; the given ones are not modified, unless
+        `reuse_state`. None for more rows than the kernel is good for, or for states of another shape or dtype.
+    """
+    if u.shape[0] > MOST_ROWS or not plan.takes(u.shape[0], states):
+        return None
+    return plan.step(u.float().contiguous(), states, reuse_state)

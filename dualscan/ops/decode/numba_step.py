@@ -1,8 +1,11 @@
-"""Decoding on a CPU: one token through a Mamba-2 mixer in a single launch, and a product with few vectors.
+"""Decoding on a CPU: one token through Mamba-2 layers in a single launch, and a product with few vectors.
 
-Every worker computes its rows of the first product, then its heads, then its rows of the last product; the workers meet
-twice in between. Sums are float32.
+In each layer every worker computes its rows of the first product, then its heads, then its rows of the last product;
+the workers meet in between. Sums are float32.
 """
+
+import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,43 +14,77 @@ from torch import Tensor
 from dualscan.ops._numba import vector
 from dualscan.ops._numba.launch import workers_for
 from dualscan.ops._numba.product import DOT_ROWS, multiply_vectors
-from dualscan.ops._numba.vector import ONE, ZERO, Kernel, at, barrier, device_function, load, share
-from dualscan.ops.decode import Parameters, Sizes
+from dualscan.ops._numba.vector import ONE, ZERO, Kernel, at, barrier, device_function, like, load, share
+from dualscan.ops.decode import Parameters, Sizes, State
+
+# What the kernel finds of a layer in the table of its plan: the addresses of `Parameters`, then those of the states,
+# old and new, and the old convolution state's strides.
+_PARAMETERS = len(Parameters._fields)
+_FIELDS = _PARAMETERS + 7
 
 
-def step(
-    u: Tensor,
-    conv: Tensor,
-    ssm: Tensor,
-    parameters: Parameters,
-    sizes: Sizes,
-    norm: tuple[Tensor, float] | None,
-    reuse_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments and results as in `decode.mamba2_step`."""
-    batch, d_model = u.shape
-    channels, halo = conv.shape[1:]
-    in_weight, in_bias, conv_weight, conv_bias, A_log, dt_bias, D, norm_weight, out_weight, out_bias = parameters
-    nheads, headdim, d_state = ssm.shape[1:]
-    d_inner, d_projected = nheads * headdim, in_weight.shape[0]
-    y = torch.empty(u.shape, dtype=torch.float32)
-    before, before_eps = (None, 0.0) if norm is None else norm
-    conv_after = torch.empty((batch, halo, channels), dtype=conv.dtype)
-    ssm_after = ssm if reuse_state else torch.empty(ssm.shape, dtype=torch.float32)
-    workers = torch.get_num_threads()
-    private = batch * max(d_model, d_inner) + 2 * sizes.ngroups * d_state + max(headdim, DOT_ROWS)
-    projected = torch.empty(batch * d_projected, dtype=conv.dtype)
-    scratch = torch.empty(batch * d_inner + workers * private, dtype=torch.float32)
-    constants = torch.tensor([*sizes.dt_limit, sizes.norm_eps, before_eps], dtype=torch.float32)
-    _STEP[conv.dtype](
-        *(u, in_weight, in_bias, conv_weight, conv_bias, out_weight, out_bias, A_log, dt_bias, D, norm_weight),
-        *(conv, *conv.stride(), ssm, y, conv_after, ssm_after),
-        *(batch, d_model, d_projected, channels, halo, nheads, headdim, sizes.ngroups, d_state),
-        *(sizes.norm_groups, sizes.norm_before_gate, constants, projected, scratch, private, before),
-        workers=workers,
-        meet=True,
-    )
-    return y, conv_after.transpose(1, 2), ssm_after
+class Plan:
+    """Layers of one shape that a token goes through one after the other; see `decode.plan`."""
+
+    def __init__(self, layers: Sequence[Parameters], sizes: Sizes):
+        first = layers[0]
+        self.dtype, self.count = first.in_weight.dtype, len(layers)
+        self.d_projected, self.d_model = first.in_weight.shape
+        self.channels, self.halo = first.conv_weight.shape[0], first.conv_weight.shape[-1] - 1
+        self.nheads, self.d_inner = first.A_log.shape[0], first.norm_weight.shape[0]
+        self.headdim = self.d_inner // self.nheads
+        self.d_state = (self.channels - self.d_inner) // (2 * sizes.ngroups)
+        self.sizes = sizes
+        self.constants = torch.tensor([*sizes.dt_limit, sizes.norm_eps, sizes.before_eps], dtype=torch.float32)
+        self.table = (ctypes.c_int64 * (_FIELDS * self.count))()
+        for i, layer in enumerate(layers):
+            addresses = [0 if t is None else t.data_ptr() for t in layer]
+            self.table[i * _FIELDS : i * _FIELDS + _PARAMETERS] = addresses
+
+    def takes(self, batch: int, states: Sequence[State]) -> bool:
+        """Whether the states, one a layer, are what the kernel expects of so many rows."""
+        conv_shape = (batch, self.channels, self.halo)
+        ssm_shape = (batch, self.nheads, self.headdim, self.d_state)
+        return all(
+            conv.shape == conv_shape
+            and ssm.shape == ssm_shape
+            and conv.dtype == self.dtype
+            and ssm.dtype == torch.float32
+            and ssm.is_contiguous()
+            for conv, ssm in states
+        )
+
+    def step(self, u: Tensor, states: Sequence[State], reuse_state: bool) -> tuple[Tensor, list[State]]:
+        """Arguments and results as in `decode.step`."""
+        batch, sizes = u.shape[0], self.sizes
+        # Its own copy: two threads may decode with one model.
+        table = type(self.table).from_buffer_copy(self.table)
+        plain_strides = (self.halo * self.channels, 1, self.channels)
+        after = []
+        for i, (conv, ssm) in enumerate(states):
+            strides = conv.stride()
+            conv_after, ssm_after = conv, ssm
+            if not reuse_state or strides != plain_strides:
+                conv_after = torch.empty_strided(conv.shape, plain_strides, dtype=conv.dtype)
+            if not reuse_state:
+                ssm_after = torch.empty_like(ssm)
+            addresses = conv.data_ptr(), conv_after.data_ptr(), ssm.data_ptr(), ssm_after.data_ptr()
+            table[i * _FIELDS + _PARAMETERS : (i + 1) * _FIELDS] = (*addresses, *strides)
+            after.append((conv_after, ssm_after))
+        workers = torch.get_num_threads()
+        private = batch * max(self.d_model, self.d_inner) + 2 * sizes.ngroups * self.d_state
+        private += max(self.headdim, DOT_ROWS)
+        y = torch.empty(u.shape, dtype=torch.float32)
+        projected = torch.empty(batch * self.d_projected, dtype=self.dtype)
+        scratch = torch.empty(batch * (self.d_inner + self.d_model) + workers * private, dtype=torch.float32)
+        _STEP[self.dtype](
+            *(u, y, ctypes.addressof(table), self.count, batch, self.d_model, self.d_projected, self.channels),
+            *(self.halo, self.nheads, self.headdim, sizes.ngroups, self.d_state, sizes.norm_groups),
+            *(sizes.norm_before_gate, self.constants, projected, scratch, private),
+            workers=workers,
+            meet=True,
+        )
+        return y, after
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,10 +113,8 @@ def _softplus(x):
 
 
 @device_function
-def _convolve(
-    conv, conv_channel, conv_time, new, weight, bias, has_bias, halo, begin, count, after, channels, keep, out
-):
-    """`out[:count]` = SiLU of the convolution of `count` channels from `begin`; with `keep` the state moves on."""
+def _convolve(conv, conv_channel, conv_time, new, weight, bias, has_bias, halo, begin, count, out):
+    """`out[:count]` = SiLU of the convolution of `count` channels from `begin`."""
     width = halo + 1
     for i in range(count):
         c = begin + i
@@ -88,97 +123,134 @@ def _convolve(
             total += load(bias, c)
         for j in range(halo):
             total += load(weight, c * width + j) * load(conv, c * conv_channel + j * conv_time)
-        out[i] = vector.silu(total)
-    if keep and halo > 0:
-        for i in range(count):
-            after[(halo - 1) * channels + begin + i] = new[begin + i]
-        for j in range(halo - 1):
-            for i in range(count):
-                after[j * channels + begin + i] = conv[(begin + i) * conv_channel + (j + 1) * conv_time]
+        out[i] = total
+    for i in range(count):
+        out[i] = vector.silu(out[i])
 
 
 @device_function
-def _step(p, in_weight, in_bias, conv_weight, conv_bias, out_weight, out_bias, conv, conv_after, projected):
-    A_log, dt_bias, D, norm = vector.float32(p[9]), vector.float32(p[10]), vector.float32(p[11]), vector.float32(p[12])
-    conv_row, conv_channel, conv_time = p[14], p[15], p[16]
-    ssm, ssm_after = vector.float32(p[17]), vector.float32(p[20])
-    in_place = p[17] == p[20]
-    batch, d_model, d_projected, channels, halo = p[21], p[22], p[23], p[24], p[25]
-    nheads, headdim, ngroups, d_state, norm_groups, norm_first = p[26], p[27], p[28], p[29], p[30], p[31] != 0
-    constants, d_inner, groups = vector.float32(p[32]), nheads * headdim, ngroups * d_state
+def _move_on(conv, conv_channel, conv_time, new, halo, channels, begin, count, after):
+    """The convolution's state of some channels after the token `new`; `after` may be `conv` itself."""
+    for j in range(halo - 1):
+        for i in range(count):
+            after[j * channels + begin + i] = conv[(begin + i) * conv_channel + (j + 1) * conv_time]
+    if halo > 0:
+        for i in range(count):
+            after[(halo - 1) * channels + begin + i] = new[begin + i]
+
+
+@device_function
+def _normalise(value, size, weight, eps, out):
+    """`out` = RMSNorm of `size` values under `weight`."""
+    total = ZERO
+    for i in range(size):
+        total += value[i] * value[i]
+    inverse = ONE / np.sqrt(total / np.float32(size) + eps)
+    for i in range(size):
+        out[i] = value[i] * inverse * weight[i]
+
+
+@device_function
+def _advance(old, now, in_place, rows, d_state, decay, size, x, B, C, D, y):
+    """One head: state = decay state + (size x) B^T, y = state C + D x."""
+    for i in range(rows):
+        scaled, total, line, target = x[i] * size, ZERO, at(old, i * d_state), at(now, i * d_state)
+        if in_place:  # the compiler must see one pointer, else it takes care that two may overlap
+            for j in range(d_state):
+                value = target[j] * decay + scaled * B[j]
+                target[j] = value
+                total += value * C[j]
+        else:
+            for j in range(d_state):
+                value = line[j] * decay + scaled * B[j]
+                target[j] = value
+                total += value * C[j]
+        y[i] = total + D * x[i]
+
+
+@device_function
+def _layer(p, q, u, y, projected):
+    """`y` = the mixer's output for `u`; with a norm before the mixer, y = u + mixer(norm(u)), and y may be u."""
+    batch, d_model, d_projected, channels, halo = p[6], p[7], p[8], p[9], p[10]
+    nheads, headdim, ngroups, d_state, norm_groups, norm_first = p[11], p[12], p[13], p[14], p[15], p[16] != 0
+    d_inner, groups, constants = nheads * headdim, ngroups * d_state, vector.float32(p[17])
     low, high, eps, eps_before = constants[0], constants[1], constants[2], constants[3]
-    u, y, before, normed = vector.float32(p[2]), vector.float32(p[18]), vector.float32(p[36]), p[36] != 0
-    begin, end, worker = share(p, d_projected)
-    gated = vector.float32(p[34])
-    own = at(gated, batch * d_inner + worker * p[35])  # u, then the normalised y
+    gated = vector.float32(p[19])
+    mixed = at(gated, batch * d_inner)
+    first, last, worker = share(p, nheads)
+    own = at(mixed, batch * d_model + worker * p[20])  # u, then the normalised y
     BC = at(own, batch * max(d_model, d_inner))
     x = at(BC, 2 * groups)
+
+    in_weight, conv_weight, conv_bias, out_weight = like(projected, q[0]), like(projected, q[2]), q[3], q[8]
+    conv, conv_after, ssm, ssm_after = like(projected, q[11]), like(projected, q[12]), q[13], q[14]
+    A_log, dt_bias, D = vector.float32(q[4]), vector.float32(q[5]), vector.float32(q[6])
+    residual = q[10] != 0
     for b in range(batch):
-        line, target, total = at(u, b * d_model), at(own, b * d_model), ZERO
-        for i in range(d_model):
-            target[i] = line[i]
-            total += line[i] * line[i]
-        if normed:
-            inverse = ONE / np.sqrt(total / np.float32(d_model) + eps_before)
+        line, target = at(u, b * d_model), at(own, b * d_model)
+        if residual:
+            _normalise(line, d_model, vector.float32(q[10]), eps_before, target)
+        else:
             for i in range(d_model):
-                target[i] *= inverse * before[i]
-    multiply_vectors(in_weight, in_bias, p[4] != 0, own, d_model, batch, d_model, begin, end, projected, d_projected, x)
+                target[i] = line[i]
+    begin, end, _ = share(p, d_projected)
+    in_bias = like(projected, q[1])
+    multiply_vectors(
+        in_weight, in_bias, q[1] != 0, own, d_model, batch, d_model, begin, end, projected, d_projected, x
+    )  # fmt: skip
     barrier()
-    first, last, _ = share(p, nheads)
     for b in range(batch):
         z = at(projected, b * d_projected)
         new, dt = at(z, d_inner), at(z, d_inner + channels)
-        state, after = at(conv, b * conv_row), at(conv_after, b * halo * channels)
-        _convolve(
-            state, conv_channel, conv_time, new, conv_weight, conv_bias, p[6] != 0, halo, d_inner, 2 * groups,
-            after, channels, worker == 0, BC,
-        )  # fmt: skip
+        state, after = at(conv, b * q[15]), at(conv_after, b * halo * channels)
+        bias, has_bias = like(projected, conv_bias), conv_bias != 0
+        _convolve(state, q[16], q[17], new, conv_weight, bias, has_bias, halo, d_inner, 2 * groups, BC)
         for head in range(first, last):
-            _convolve(
-                state, conv_channel, conv_time, new, conv_weight, conv_bias, p[6] != 0, halo, head * headdim, headdim,
-                after, channels, True, x,
-            )  # fmt: skip
+            begin = head * headdim
+            _convolve(state, q[16], q[17], new, conv_weight, bias, has_bias, halo, begin, headdim, x)
+            _move_on(state, q[16], q[17], new, halo, channels, begin, headdim, after)
             size = min(max(_softplus(load(dt, head) + dt_bias[head]), low), high)
             decay = np.float32(np.exp(-np.exp(np.float64(A_log[head])) * np.float64(size)))
             B = at(BC, head // (nheads // ngroups) * d_state)
-            C = at(B, groups)
-            for i in range(headdim):
-                old = at(ssm, ((b * nheads + head) * headdim + i) * d_state)
-                now = at(ssm_after, ((b * nheads + head) * headdim + i) * d_state)
-                scaled, total = x[i] * size, ZERO
-                if in_place:  # the compiler must see one pointer, else it takes care that two may overlap
-                    for j in range(d_state):
-                        value = now[j] * decay + scaled * B[j]
-                        now[j] = value
-                        total += value * C[j]
-                else:
-                    for j in range(d_state):
-                        value = old[j] * decay + scaled * B[j]
-                        now[j] = value
-                        total += value * C[j]
-                total += D[head] * x[i]
-                place = head * headdim + i
-                gated[b * d_inner + place] = total if norm_first else total * vector.silu(load(z, place))
+            place, out = (b * nheads + head) * headdim * d_state, at(gated, b * d_inner + begin)
+            old, now = at(vector.float32(ssm), place), at(vector.float32(ssm_after), place)
+            _advance(old, now, ssm == ssm_after, headdim, d_state, decay, size, x, B, at(B, groups), D[head], out)
+            if not norm_first:
+                for i in range(headdim):
+                    out[i] *= vector.silu(load(z, begin + i))
     barrier()
+    if worker == 0:  # now that all have read the columns of B and C
+        for b in range(batch):
+            state, after = at(conv, b * q[15]), at(conv_after, b * halo * channels)
+            new = at(projected, b * d_projected + d_inner)
+            _move_on(state, q[16], q[17], new, halo, channels, d_inner, 2 * groups, after)
     size = d_inner // norm_groups
     for b in range(batch):
-        z, target = at(projected, b * d_projected), at(own, b * d_inner)
-        for group in range(norm_groups):
-            value, total = at(gated, b * d_inner + group * size), ZERO
-            for i in range(size):
-                total += value[i] * value[i]
-            inverse = ONE / np.sqrt(total / np.float32(size) + eps)
-            for i in range(size):
-                c = group * size + i
-                target[c] = value[i] * inverse * norm[c]
-                if norm_first:
-                    target[c] *= vector.silu(load(z, c))
+        z = at(projected, b * d_projected)
+        for start in range(0, d_inner, size):
+            target = at(own, b * d_inner + start)
+            _normalise(at(gated, b * d_inner + start), size, at(vector.float32(q[7]), start), eps, target)
+            if norm_first:
+                for i in range(size):
+                    target[i] *= vector.silu(load(z, start + i))
     begin, end, _ = share(p, d_model)
-    multiply_vectors(out_weight, out_bias, p[8] != 0, own, d_inner, batch, d_inner, begin, end, y, d_model, x)
-    if normed:
-        for b in range(batch):
-            for i in range(begin, end):
-                y[b * d_model + i] += u[b * d_model + i]
+    out_bias = like(projected, q[9])
+    multiply_vectors(
+        like(projected, out_weight), out_bias, q[9] != 0, own, d_inner, batch, d_inner, begin, end, mixed, d_model, x
+    )
+    for b in range(batch):
+        for i in range(begin, end):
+            k = b * d_model + i
+            y[k] = mixed[k] + u[k] if residual else mixed[k]
+
+
+@device_function
+def _step(p, projected):
+    u, y, table = vector.float32(p[2]), vector.float32(p[3]), vector.int64(p[4])
+    for i in range(p[5]):
+        if i > 0:
+            barrier()
+        _layer(p, at(table, i * _FIELDS), y if i > 0 else u, y, projected)
 
 
 def _project_float32(p):
@@ -190,15 +262,11 @@ def _project_bfloat16(p):
 
 
 def _step_float32(p):
-    weights = vector.float32(p[3]), vector.float32(p[4]), vector.float32(p[5]), vector.float32(p[6])
-    others = vector.float32(p[7]), vector.float32(p[8]), vector.float32(p[13]), vector.float32(p[19])
-    _step(p, *weights, *others, vector.float32(p[33]))
+    _step(p, vector.float32(p[18]))
 
 
 def _step_bfloat16(p):
-    weights = vector.bfloat16(p[3]), vector.bfloat16(p[4]), vector.bfloat16(p[5]), vector.bfloat16(p[6])
-    others = vector.bfloat16(p[7]), vector.bfloat16(p[8]), vector.bfloat16(p[13]), vector.bfloat16(p[19])
-    _step(p, *weights, *others, vector.bfloat16(p[33]))
+    _step(p, vector.bfloat16(p[18]))
 
 
 _STEP = {torch.float32: Kernel(_step_float32), torch.bfloat16: Kernel(_step_bfloat16)}
