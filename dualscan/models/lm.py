@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dualscan.models.config import ModelConfig
 from dualscan.models.layers import block
 from dualscan.nn import init
+from dualscan.nn.block import Block, step_blocks
 from dualscan.nn.norm import RMSNorm
 from dualscan.nn.precision import project
 
@@ -119,10 +120,13 @@ class MambaLM(nn.Module):
             h = h.float()
         if self.config.embedding_scale != 1.0:
             h = h * self.config.embedding_scale
-        states = []
-        for i, layer in enumerate(self.layers):
-            h, layer_state = layer(h, None if state is None else state[i], cu_seqlens, reuse_state=reuse_state)
-            states.append(layer_state)
+        if state is not None and cu_seqlens is None and tokens.shape[1] == 1:
+            h, states = step_blocks(self.layers, h, state, reuse_state=reuse_state)
+        else:
+            states = []
+            for i, block in enumerate(self.layers):
+                h, layer_state = block(h, None if state is None else state[i], cu_seqlens)
+                states.append(layer_state)
         h = self.norm_f(h)
         if self.config.logits_scale != 1.0:
             h = h * self.config.logits_scale
