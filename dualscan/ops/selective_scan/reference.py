@@ -25,12 +25,6 @@ def step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: torc
     return softplus(dt) if dt_softplus else dt
 
 
-def per_channel(grouped: Tensor, channels: int) -> Tensor:
-    """Repeats (..., g, n) to (..., d, n), or to (..., 1, n) for one group: channel c uses group c // (d // g)."""
-    ngroups = grouped.shape[-2]
-    return grouped if ngroups == 1 else grouped.repeat_interleave(channels // ngroups, dim=-2)
-
-
 def step(
     state: Tensor,
     x: Tensor,
@@ -48,16 +42,19 @@ def step(
     Returns:
         `y` (b, d) in x's dtype and the next state (b, d, n).
     """
-    dtype, channels = accumulation_dtype(x.dtype), x.shape[-1]
-    delta, inputs = step_size(dt, dt_bias, dt_softplus, dtype).unsqueeze(-1), x.to(dtype)
-    B, C = per_channel(B.to(dtype), channels), per_channel(C.to(dtype), channels)
-    state = torch.exp(delta * A.to(dtype)) * state.to(dtype) + (delta * inputs.unsqueeze(-1)) * B
-    y = (state * C).sum(-1)
+    (batch, channels, d_state), ngroups = state.shape, B.shape[1]
+    dtype = accumulation_dtype(x.dtype)
+    delta, inputs = step_size(dt, dt_bias, dt_softplus, dtype), x.to(dtype)
+    # (b * g, channels of the group, n): an outer product and a matrix-vector product per group, each one pass.
+    rows = (batch * ngroups, channels // ngroups)
+    decayed = (torch.exp(delta.unsqueeze(-1) * A.to(dtype)) * state.to(dtype)).view(*rows, d_state)
+    state = decayed.baddbmm_((delta * inputs).view(*rows, 1), B.to(dtype).reshape(-1, 1, d_state))
+    y = torch.bmm(state, C.to(dtype).reshape(-1, d_state, 1)).view(batch, channels)
     if D is not None:
         y = y + D.to(dtype) * inputs
     if z is not None:
         y = y * F.silu(z.to(dtype))
-    return y.to(x.dtype), state
+    return y.to(x.dtype), state.view(batch, channels, d_state)
 
 
 def recurrent(
@@ -92,4 +89,4 @@ def recurrent(
             y, state = step(state, x[:, t], dt[:, t], A, B[:, t], C[:, t], D, gate, dt_bias, dt_softplus)
             rows.append(y)
         finals.append(state)
-    return torch.stack(rows, dim=1) if rows else torch.zeros_like(x), torch.cat(finals)
+    return torch.stack(rows, dim=1) if rows else x.clone(), torch.cat(finals)

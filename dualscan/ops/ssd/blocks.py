@@ -177,9 +177,9 @@ class Decays:
             sums=sums,
             upper=torch.full((chunk, chunk), float("-inf"), dtype=dtype, device=sums.device).triu_(1),
             scale=None if scale is None else by_chunk(scale.to(dtype)).unsqueeze(-2),
-            from_start=_exp(sums.to(dtype, copy=True)).permute(columns).unsqueeze(-1),
-            to_end=_exp((last - sums).to(dtype)).permute(columns).unsqueeze(-1),
-            total=_exp(last.to(dtype, copy=True)).unsqueeze(2),
+            from_start=exp_(sums.to(dtype, copy=True)).permute(columns).unsqueeze(-1),
+            to_end=exp_((last - sums).to(dtype)).permute(columns).unsqueeze(-1),
+            total=exp_(last.to(dtype, copy=True)).unsqueeze(2),
         )
 
     def mask(self, c: int, q: int) -> Tensor:
@@ -188,7 +188,7 @@ class Decays:
         The upper triangle is masked before the exponential, where it could overflow.
         """
         sums, upper = self.sums[:, c, :, :q], self.upper[:q, :q]
-        return _exp((sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(upper.dtype).add_(upper))
+        return exp_((sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(upper.dtype).add_(upper))
 
     def token_scale(self, c: int, q: int) -> Tensor:
         """s_j of chunk `c`: (m, q, k, 1)."""
@@ -201,7 +201,7 @@ class Decays:
         return to_end if self.scale is None else to_end * self.token_scale(c, q)
 
 
-def _exp(exponents: Tensor) -> Tensor:
+def exp_(exponents: Tensor) -> Tensor:
     """exp in place; exactly 0 where the result would be tiny.
 
     Unlike exp2, exp rounds an element the same wherever it stands in memory: a sequence has the same bits in any batch.

@@ -1,0 +1,124 @@
+"""The operator boundary of the selective scan: schemas, fake kernels, FLOP formulas and autograd, torch only.
+
+`dualscan::selective_scan_fwd` and `_bwd` are the portable chunked form, `selective_scan_numba_fwd` and `_bwd` the
+kernels for CPUs, all with one schema: bias, softplus, skip and gate are inside, because each of them is an array of x's
+size that a composition would write and read again. The autograd function sits at the Autograd dispatch key of the
+forward operators (docs/decisions/001).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dualscan.ops._pointwise import accumulation_dtype
+from dualscan.ops.selective_scan import chunked
+from dualscan.ops.ssd.blocks import without_autocast
+
+# The tensors with gradients, in the order of the arguments; cu_seqlens and dt_softplus follow.
+DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+_INPUTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "Tensor? initial_states, Tensor? cu_seqlens, bool dt_softplus"
+)
+_GRADIENTS = ", ".join(f"Tensor d{name}" for name in DIFFERENTIABLE)
+_LIB = torch.library.Library("dualscan", "FRAGMENT")
+_NAMES = {"chunked": "selective_scan"}
+for _name in _NAMES.values():
+    _LIB.define(f"{_name}_fwd({_INPUTS}) -> (Tensor y, Tensor final_states)")
+    _LIB.define(f"{_name}_bwd(Tensor? dy, Tensor? dfinal_states, {_INPUTS}) -> ({_GRADIENTS})")
+
+for _key in ("CPU", "CUDA"):
+    _LIB.impl("selective_scan_fwd", chunked.forward, _key)
+    _LIB.impl("selective_scan_bwd", chunked.backward, _key)
+
+
+def _fake_forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    nseq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    states = x.new_empty((nseq, *A.shape), dtype=accumulation_dtype(x.dtype))
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), states
+
+
+def _fake_backward(dy: Tensor | None, dfinal_states: Tensor | None, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    tensors = (x, *inputs[: len(DIFFERENTIABLE) - 1])
+    return tuple(x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in tensors)
+
+
+def _differentiable(forward: Any, backward: Any) -> Any:
+    """The autograd function of a pair of operators: the inputs are saved, the backward computes the states again."""
+
+    class SelectiveScan(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs[:-1])
+            ctx.dt_softplus = inputs[-1]
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grads_out: Any) -> tuple[Tensor | None, ...]:
+            inputs = ctx.saved_tensors
+            if all(g is None for g in grads_out):
+                return (None,) * (len(inputs) + 1)
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    "selective_scan: create_graph=True asks for a second derivative, which the chunked form and the "
+                    "kernels do not have; use impl='recurrent'."
+                )
+            with without_autocast(inputs[0].device):
+                grads = backward(*grads_out, *inputs, ctx.dt_softplus)
+            return *(None if t is None else g for t, g in zip(inputs, grads, strict=False)), None, None
+
+    def autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+            return SelectiveScan.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward(*inputs)
+
+    return autograd
+
+
+def forward_flops(batch: int, seqlen: int, channels: int, d_state: int) -> int:
+    """A multiply-add to update every element of a state, and one to read it: 4 FLOPs a token."""
+    return 4 * batch * seqlen * channels * d_state
+
+
+def backward_flops(batch: int, seqlen: int, channels: int, d_state: int) -> int:
+    """The states once more, their gradients, and the sums of dB, dC, dA, dx and (two) ddt: 14 FLOPs an element."""
+    return 14 * batch * seqlen * channels * d_state
+
+
+def _forward_formula(x: Any, dt: Any, A: Any, *_: Any, **__: Any) -> int:
+    batch, seqlen, channels = x
+    return forward_flops(batch, seqlen, channels, A[1])
+
+
+def _backward_formula(dy: Any, dfinal: Any, x: Any, dt: Any, A: Any, *_: Any, **__: Any) -> int:
+    batch, seqlen, channels = x
+    return backward_flops(batch, seqlen, channels, A[1])
+
+
+# The forward operators by the name of their implementation.
+forms: dict[str, Any] = {}
+for _form, _name in _NAMES.items():
+    _forward, _backward = (getattr(torch.ops.dualscan, f"{_name}_{_pass}") for _pass in ("fwd", "bwd"))
+    torch.library.register_fake(f"dualscan::{_name}_fwd", _fake_forward, lib=_LIB)
+    torch.library.register_fake(f"dualscan::{_name}_bwd", _fake_backward, lib=_LIB)
+    _LIB.impl(f"{_name}_fwd", _differentiable(_forward.default, _backward.default), "Autograd")
+    register_flop_formula(_forward)(_forward_formula)
+    register_flop_formula(_backward)(_backward_formula)
+    forms[_form] = _forward.default
