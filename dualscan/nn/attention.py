@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualscan.nn.precision import project
+from dualscan.nn.precision import apply_linear
 from dualscan.ops.conv1d import causal_conv1d
 from dualscan.ops.conv1d.validate import MAX_WIDTH
 from dualscan.ops.varlen import sequence_index, sequence_spans, validate_cu_seqlens
@@ -158,7 +158,7 @@ class Attention(nn.Module):
             raise ValueError(
                 f"Attention: the state holds {state.k.shape[0]} sequences, the input {nseq}; give its own state."
             )
-        qkv = [project(u, p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        qkv = [apply_linear(p, u) for p in (self.q_proj, self.k_proj, self.v_proj)]
         conv = u.new_zeros(nseq, 0, 0)
         if self.conv1d is not None:
             joined, conv = causal_conv1d(
@@ -179,7 +179,7 @@ class Attention(nn.Module):
         else:
             y, cache = _attend_packed(q, k, v, state, sequence_spans(cu_seqlens, seqlen), self.scale)
         y = y.transpose(1, 2).flatten(-2)
-        return project(y, self.out_proj.weight, self.out_proj.bias), AttentionState(*cache, conv)
+        return apply_linear(self.out_proj, y), AttentionState(*cache, conv)
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float, width: int | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dualscan.nn import init
 from dualscan.nn.mamba2 import check_sizes
-from dualscan.nn.precision import Float32Parameters, project
+from dualscan.nn.precision import Float32Parameters, apply_linear, project
 from dualscan.ops.conv1d import causal_conv1d
 from dualscan.ops.selective_scan import selective_scan, selective_scan_step
 
@@ -130,7 +130,7 @@ class Mamba(Float32Parameters):
         """
         if u.ndim != 3 or u.shape[-1] != self.d_model:
             raise ValueError(f"Mamba: u has shape {tuple(u.shape)}; expected (batch, seqlen, d_model={self.d_model}).")
-        x, z = project(u, self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)
+        x, z = apply_linear(self.in_proj, u).chunk(2, dim=-1)
         x, conv_state = causal_conv1d(
             x,
             self.conv1d.weight.squeeze(1),
@@ -140,11 +140,11 @@ class Mamba(Float32Parameters):
             cu_seqlens=cu_seqlens,
         )
         y, ssm_state = self._mix(x, z, None if state is None else state.ssm, cu_seqlens)
-        return project(y, self.out_proj.weight, self.out_proj.bias), MambaState(conv_state, ssm_state)
+        return apply_linear(self.out_proj, y), MambaState(conv_state, ssm_state)
 
     def _mix(self, x: Tensor, z: Tensor, ssm_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """The scan over the convolved channels, gated: `(batch, seqlen, d_inner)` and the next state."""
-        dt, B, C = project(x, self.x_proj.weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = apply_linear(self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt, A = self.dt_proj(dt), -torch.exp(self.A_log)
         shared: dict[str, Any] = {"D": self.D, "dt_bias": self.dt_proj.bias, "dt_softplus": True}
         if x.shape[1] == 1 and cu_seqlens is None and ssm_state is not None:

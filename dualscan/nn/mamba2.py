@@ -4,14 +4,17 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualscan.nn import init
-from dualscan.nn.precision import Float32Parameters, project
+from dualscan.nn.features import FeatureMap
+from dualscan.nn.precision import Float32Parameters, apply_linear, is_plain_linear
 from dualscan.nn.step import mamba2_step
 from dualscan.ops.conv1d import causal_conv1d
 from dualscan.ops.conv1d.validate import MAX_WIDTH
 from dualscan.ops.norm import gated_rms_norm
+from dualscan.ops.sma.heads import expand_heads, head_counts
 from dualscan.ops.ssd import ssd, ssd_step
 
 
@@ -20,7 +23,7 @@ class Mamba2State(NamedTuple):
 
     Attributes:
         conv: `(batch or nseq, d_inner + 2 ngroups d_state, d_conv - 1)`, the last inputs of the convolution.
-        ssm: `(batch or nseq, nheads, headdim, d_state)`, float32.
+        ssm: `(batch or nseq, nheads, headdim, d_state)`, float32; d_state is what a feature map makes of it.
     """
 
     conv: Tensor
@@ -48,7 +51,8 @@ class Mamba2(Float32Parameters):
     """Mamba-2 mixer: `(batch, seqlen, d_model)` in and out.
 
     [z, x, B, C, dt] = in_proj(u);  x, B, C = SiLU(conv(x, B, C));  y = SSD(x, softplus(dt + dt_bias), -exp(A_log), B,
-    C) + D x; out_proj(RMSNorm(y · SiLU(z))). (arXiv 2405.21060, section 7 and figure 6.)
+    C) + D x; out_proj(RMSNorm(y · SiLU(z))). (arXiv 2405.21060, section 7 and figure 6.) A feature map ψ takes the place
+    of SiLU for B and C.
 
     Args:
         d_model: width of the residual stream.
@@ -56,6 +60,9 @@ class Mamba2(Float32Parameters):
         headdim: P, channels per head; must divide `expand * d_model`.
         expand: d_inner / d_model.
         ngroups: groups of heads that share B and C; must divide nheads.
+        head_pattern: which of x, B and C have a head each and which share one, as in `dualscan.ops.sma.heads`; others
+            than "grouped-value" have no groups.
+        feature_map: ψ of B and C in place of SiLU, a name of `FeatureMap`; it may make the state wider than d_state.
         d_conv: width of the causal convolution, 1 to 8.
         dt_limit: clamp of Δ after softplus.
         chunk_size: tokens a chunk of SSD; None takes the operator's default.
@@ -88,6 +95,8 @@ class Mamba2(Float32Parameters):
         headdim: int = 64,
         expand: int = 2,
         ngroups: int = 1,
+        head_pattern: str = "grouped-value",
+        feature_map: str = "silu",
         d_conv: int = 4,
         dt_limit: tuple[float, float] = (0.0, math.inf),
         chunk_size: int | None = None,
@@ -105,9 +114,12 @@ class Mamba2(Float32Parameters):
         if norm_groups < 1 or d_inner % norm_groups:
             raise ValueError(f"norm_groups={norm_groups} does not divide d_inner={d_inner}; use 1 or another divisor.")
         self.d_model, self.d_inner, self.d_state, self.headdim = d_model, d_inner, d_state, headdim
-        self.nheads, self.ngroups, self.d_conv = d_inner // headdim, ngroups, d_conv
+        self.nheads, self.d_conv = d_inner // headdim, d_conv
         self.dt_limit, self.chunk_size, self.impl = dt_limit, chunk_size, impl
-        conv_dim = d_inner + 2 * ngroups * d_state
+        self.heads = head_counts(head_pattern, self.nheads, ngroups)
+        self.ngroups = max(self.heads.q, self.heads.k)
+        self.feature_map = None if feature_map == "silu" else FeatureMap(feature_map, d_state)
+        conv_dim = sum(self._conv_widths)
         self.in_proj = nn.Linear(d_model, d_inner + conv_dim + self.nheads, bias=bias)
         # Holds the weights (channels, 1, d_conv) under the names that published checkpoints use; the operator computes.
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, d_conv, groups=conv_dim, bias=conv_bias)
@@ -137,31 +149,58 @@ class Mamba2(Float32Parameters):
         """
         if u.ndim != 3 or u.shape[-1] != self.d_model:
             raise ValueError(f"Mamba2: u has shape {tuple(u.shape)}; expected (batch, seqlen, d_model={self.d_model}).")
-        if u.shape[1] == 1 and state is not None and cu_seqlens is None and not needs_operators(u):
+        if u.shape[1] == 1 and state is not None and cu_seqlens is None and self._steps_directly(u):
             _check_batch(u, state)
             y, *after = mamba2_step(self, u, *state)
             return y, Mamba2State(*after)
-        zxbcdt = project(u, self.in_proj.weight, self.in_proj.bias)
+        zxbcdt = apply_linear(self.in_proj, u)
         z, xBC, dt = zxbcdt.split([self.d_inner, self.conv1d.in_channels, self.nheads], dim=-1)
         xBC, conv_state = causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
-            activation="silu",
+            activation="silu" if self.feature_map is None else None,
             initial_states=None if state is None else state.conv.to(xBC.dtype),
             cu_seqlens=cu_seqlens,
         )
         y, ssm_state = self._mix(xBC, dt, None if state is None else state.ssm, cu_seqlens)
-        y = project(self.norm(y, z), self.out_proj.weight, self.out_proj.bias)
+        y = apply_linear(self.out_proj, self.norm(y, z))
         return y, Mamba2State(conv_state, ssm_state)
+
+    def _steps_directly(self, u: Tensor) -> bool:
+        """Whether a token may take the short way, which reads the projections' weights."""
+        return (
+            self.plain and not needs_operators(u) and is_plain_linear(self.in_proj) and is_plain_linear(self.out_proj)
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the standard layer, x with all heads and SiLU on B and C, which is what kernels compute."""
+        return self.feature_map is None and self.heads == (self.ngroups, self.ngroups, self.nheads)
+
+    @property
+    def _conv_widths(self) -> tuple[int, int, int]:
+        """Channels of x, B and C."""
+        return self.heads.v * self.headdim, self.heads.k * self.d_state, self.heads.q * self.d_state
+
+    def _inputs(self, xBC: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x with all heads, B and C with equal groups, from the convolved channels: `(batch, seqlen, heads, width)`."""
+        x, B, C = xBC.split(self._conv_widths, dim=-1)
+        x = x.unflatten(-1, (self.heads.v, self.headdim))
+        B, C = B.unflatten(-1, (self.heads.k, self.d_state)), C.unflatten(-1, (self.heads.q, self.d_state))
+        if self.plain:
+            return x, B, C
+        if self.feature_map is not None:
+            x = F.silu(x)
+            C, B = self.feature_map(C, B, cu_seqlens=cu_seqlens)
+        return expand_heads(x, self.nheads), expand_heads(B, self.ngroups), expand_heads(C, self.ngroups)
 
     def _mix(
         self, xBC: Tensor, dt: Tensor, ssm_state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """SSD over the convolved channels: `(batch, seqlen, d_inner)` and the next state."""
         batch, seqlen, _ = xBC.shape
-        bc_dim = self.ngroups * self.d_state
-        x, B, C = xBC.split([self.d_inner, bc_dim, bc_dim], dim=-1)
+        x, B, C = self._inputs(xBC, cu_seqlens)
         shared: dict[str, Any] = {
             "D": self.D,
             "dt_bias": self.dt_bias,
@@ -170,24 +209,23 @@ class Mamba2(Float32Parameters):
         }
         A = -torch.exp(self.A_log)
         if seqlen == 1 and cu_seqlens is None and ssm_state is not None:
-            heads, groups = (batch, self.nheads, self.headdim), (batch, self.ngroups, self.d_state)
-            y, ssm_state = ssd_step(
-                ssm_state, x.view(heads), dt.view(heads[:2]), A, B.view(groups), C.view(groups), **shared
+            y, ssm_state = ssd_step(ssm_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **shared)
+        else:
+            y, ssm_state = ssd(
+                x,
+                dt,
+                A,
+                B,
+                C,
+                initial_states=ssm_state,
+                cu_seqlens=cu_seqlens,
+                chunk_size=self.chunk_size,
+                impl=self.impl,
+                **shared,
             )
-            return y.view(batch, 1, self.d_inner), ssm_state
-        y, ssm_state = ssd(
-            x.unflatten(-1, (self.nheads, self.headdim)),
-            dt,
-            A,
-            B.unflatten(-1, (self.ngroups, self.d_state)),
-            C.unflatten(-1, (self.ngroups, self.d_state)),
-            initial_states=ssm_state,
-            cu_seqlens=cu_seqlens,
-            chunk_size=self.chunk_size,
-            impl=self.impl,
-            **shared,
-        )
-        return y.flatten(-2), ssm_state
+        if self.feature_map is not None:
+            ssm_state = self.feature_map.advance(ssm_state, seqlen, cu_seqlens)
+        return y.reshape(batch, seqlen, self.d_inner), ssm_state
 
 
 def _check_batch(u: Tensor, state: Mamba2State) -> None:

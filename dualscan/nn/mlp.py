@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualscan.nn.precision import project
+from dualscan.nn.precision import apply_linear
 
 ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu2")
 _GATED = {"swiglu": F.silu, "geglu": F.gelu}
@@ -76,12 +76,12 @@ class MLP(nn.Module):
         Returns:
             y like `u`, and None for the state.
         """
-        hidden, gate = project(u, self.up_proj.weight, self.up_proj.bias), None
+        hidden, gate = apply_linear(self.up_proj, u), None
         if self.gate_proj is not None:
-            gate = project(u, self.gate_proj.weight, self.gate_proj.bias)
+            gate = apply_linear(self.gate_proj, u)
             gate = gate if self.gate_scale == 1.0 else gate * self.gate_scale
         hidden = activate(self.activation, hidden, gate)
-        return project(hidden, self.out_proj.weight, self.out_proj.bias), None
+        return apply_linear(self.out_proj, hidden), None
 
 
 def activate(activation: str, hidden: Tensor, gate: Tensor | None) -> Tensor:

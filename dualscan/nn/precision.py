@@ -1,7 +1,7 @@
-"""Parameters that stay in float32 when a module is cast to a lower precision, and one-row projections."""
+"""Parameters that stay in float32 when a module is cast to a lower precision, and projections."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,32 @@ class Float32Parameters(nn.Module):
                 after.data = value.to(**to)
                 after.grad = None if grad is None else grad.to(**to)
         return self
+
+
+def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`; a plain `nn.Linear` goes through `project`.
+
+    Anything else that stands where a projection stood (one with an adapter, a quantised or a parametrised one, one with
+    hooks) is called: its weight alone does not say what it computes.
+
+    Args:
+        module: maps `(..., in)` to `(..., out)`.
+        x: `(..., in)`.
+
+    Returns:
+        `(..., out)`.
+    """
+    return project(x, module.weight, module.bias) if is_plain_linear(module) else module(x)
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether the module is an `nn.Linear` that does nothing beside its matrix product."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and "forward" not in module.__dict__
+    )
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dualscan.nn.attention import Attention
+from dualscan.nn.mamba import Mamba
 from dualscan.nn.mamba2 import Mamba2
-from dualscan.nn.precision import Float32Parameters, project
+from dualscan.nn.mlp import MLP
+from dualscan.nn.precision import Float32Parameters, apply_linear, project
 from tests.oracle import assert_close
 
 EXACT = ("A_log", "dt_bias", "D", "norm.weight")
@@ -113,3 +116,66 @@ def test_projections_follow_autocast() -> None:
     x, weight = torch.randn(1, 1, 30), torch.randn(4, 30)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert project(x, weight).dtype == torch.bfloat16
+
+
+class Adapted(nn.Module):
+    """A projection with a low-rank adapter beside it, as fine-tuning libraries put in its place."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+    def merged(self) -> nn.Linear:
+        plain = copy.deepcopy(self.base)
+        with torch.no_grad():
+            plain.weight += self.up.weight @ self.down.weight
+        return plain
+
+
+MIXERS: dict[str, Callable[[], nn.Module]] = {
+    "mamba2": lambda: Mamba2(24, d_state=10, headdim=12, bias=True),
+    "mamba": lambda: Mamba(24, d_state=4, bias=True),
+    "attention": lambda: Attention(24, 2),
+    "mlp": lambda: MLP(24),
+}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_module_in_the_place_of_a_projection_is_called(mixer: str) -> None:
+    """Over a sequence and in a step after it: what adapters compute is what their merged weights compute."""
+    adapted = MIXERS[mixer]()
+    merged = copy.deepcopy(adapted)
+    for name, module in list(adapted.named_children()):
+        if isinstance(module, nn.Linear):
+            adapter = Adapted(module)
+            setattr(adapted, name, adapter)
+            setattr(merged, name, adapter.merged())
+    u = torch.randn(2, 6, 24)
+    y, state = adapted(u[:, :5])
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in adapted.named_parameters() if "up.weight" in name)
+    with torch.no_grad():
+        expected, after = merged(u[:, :5])
+        assert_close("sequence", y, expected, dtype=torch.float32)
+        assert_close("step", adapted(u[:, 5:], state)[0], merged(u[:, 5:], after)[0], dtype=torch.float32)
+
+
+def test_hooks_of_a_projection_run() -> None:
+    projection = nn.Linear(4, 3)
+    x = torch.randn(1, 4)
+    with torch.no_grad():
+        expected = 2 * projection(x)
+        projection.register_forward_hook(lambda module, args, out: 2 * out)
+        assert torch.equal(apply_linear(projection, x), expected)
