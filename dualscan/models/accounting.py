@@ -1,8 +1,8 @@
 """What a model costs: parameters, FLOPs, and bytes of state, from the configuration alone.
 
-Conventions: a multiply-add is 2 FLOPs; a matrix product counts, elementwise work does not (it is bound by memory, not
-arithmetic). With d = d_model, e = d_inner, N = d_state, P = headdim, H = nheads, G = ngroups, W = d_conv, Q = chunk, V
-= padded vocabulary, one Mamba-2 layer has
+Conventions: a multiply-add is 2 FLOPs; matrix products and updates and reads of states count, elementwise work does not
+(it is bound by memory, not arithmetic). With d = d_model, e = d_inner, N = d_state, P = headdim, H = nheads, G =
+ngroups, W = d_conv, Q = chunk, V = padded vocabulary, one Mamba-2 layer has
 
     in_proj  d (2e + 2GN + H)        conv  (e + 2GN)(W + 1)        A_log, dt_bias, D  3H        norm  e        out_proj
     e d
@@ -10,6 +10,13 @@ arithmetic). With d = d_model, e = d_inner, N = d_state, P = headdim, H = nheads
 parameters and, beside its pre-norm's d, nothing else. A token costs 2 FLOPs a weight of the two projections, 2 W a
 channel of the convolution, and SSD's 2 (G Q N + H Q P + 2 H P N) in the chunked form (section 6 of arXiv 2405.21060) or
 2 · 2 H P N in a one-token step (update and read of the state).
+
+One Mamba layer, with R = dt_rank, has
+
+    in_proj  2 d e        conv  e (W + 1)        x_proj  e (R + 2N)        dt_proj  (R + 1) e        A_log, D  e (N + 1)
+    out_proj  e d
+
+parameters, and its scan takes 2 · 2 e N FLOPs a token, over a sequence and in a step alike.
 """
 
 from dataclasses import dataclass
@@ -21,6 +28,9 @@ from dualscan.models.config import ModelConfig
 from dualscan.models.layers import mixer
 from dualscan.nn.attention import Attention
 from dualscan.nn.hybrid.moe import MoE
+from dualscan.nn.mamba import StepSizeProjection
+from dualscan.ops.selective_scan.library import backward_flops as scan_backward_flops
+from dualscan.ops.selective_scan.library import forward_flops as scan_forward_flops
 from dualscan.ops.ssd.blocks import DEFAULT_CHUNK_SIZE
 from dualscan.ops.ssd.library import backward_flops, forward_flops
 
@@ -82,7 +92,10 @@ def forward_flops_per_sequence(config: ModelConfig, seqlen: int, *, batch: int =
     for kind in config.layer_types:
         total += 2 * _matrix_weights(config, kind) * batch * seqlen
         if kind == "mamba2":
-            total += _conv_flops(config, batch * seqlen) + forward_flops(*_ssd_sizes(config, batch, seqlen))
+            total += _conv_flops(config, kind, batch * seqlen) + forward_flops(*_ssd_sizes(config, batch, seqlen))
+        elif kind == "mamba":
+            scan = scan_forward_flops(batch, seqlen, config.d_inner, config.d_state)
+            total += _conv_flops(config, kind, batch * seqlen) + scan
         elif kind == "attention":
             total += 2 * batch * seqlen * seqlen * _attention_width(config) + _attention_conv_flops(
                 config, batch * seqlen
@@ -100,13 +113,14 @@ def training_flops_per_sequence(config: ModelConfig, seqlen: int, *, batch: int 
         batch: sequences.
 
     Returns:
-        FLOPs: every matrix product once forward and twice backward, SSD by its own backward formula (it rebuilds
-            states).
+        FLOPs: every matrix product once forward and twice backward, SSD and Mamba's scan by their own backward formulas
+            (they rebuild states).
     """
     total = 3 * forward_flops_per_sequence(config, seqlen, batch=batch)
-    ssd_layers = config.layer_types.count("mamba2")
-    sizes = _ssd_sizes(config, batch, seqlen)
-    return total + ssd_layers * (backward_flops(*sizes) - 2 * forward_flops(*sizes))
+    ssd_layers, scan_layers = config.layer_types.count("mamba2"), config.layer_types.count("mamba")
+    sizes, scan = _ssd_sizes(config, batch, seqlen), (batch, seqlen, config.d_inner, config.d_state)
+    total += ssd_layers * (backward_flops(*sizes) - 2 * forward_flops(*sizes))
+    return total + scan_layers * (scan_backward_flops(*scan) - 2 * scan_forward_flops(*scan))
 
 
 def step_flops(config: ModelConfig, *, context: int = 0, batch: int = 1) -> int:
@@ -123,8 +137,8 @@ def step_flops(config: ModelConfig, *, context: int = 0, batch: int = 1) -> int:
     total = 0
     for kind in config.layer_types:
         total += 2 * _matrix_weights(config, kind)
-        if kind == "mamba2":
-            total += _conv_flops(config, 1) + 4 * config.d_inner * config.d_state
+        if kind in ("mamba2", "mamba"):
+            total += _conv_flops(config, kind, 1) + 4 * config.d_inner * config.d_state
         elif kind == "attention":
             total += 4 * (context + 1) * _attention_width(config) + _attention_conv_flops(config, 1)
     return batch * (total + 2 * config.padded_vocab_size * config.d_model)
@@ -136,17 +150,18 @@ def state_bytes(config: ModelConfig, *, batch: int = 1, context: int = 0, activa
     Args:
         config: the model.
         batch: sequences.
-        context: tokens before; Mamba-2's state does not grow with it, attention's cache does.
-        activation_bytes: bytes of an activation: 4 in float32, 2 in bfloat16. SSD states are float32 always.
+        context: tokens before; the state of Mamba-2 and Mamba does not grow with it, attention's cache does.
+        activation_bytes: bytes of an activation: 4 in float32, 2 in bfloat16. States of SSD and the scan are float32.
 
     Returns:
-        Bytes: a Mamba-2 layer keeps 4 e N for SSD and (e + 2GN)(W - 1) inputs of the convolution.
+        Bytes: a Mamba-2 layer keeps 4 e N for SSD and (e + 2GN)(W - 1) inputs of the convolution, a Mamba layer 4 e N
+            and e (W - 1).
     """
     total = 0
     for kind in config.layer_types:
-        if kind == "mamba2":
+        if kind in ("mamba2", "mamba"):
             total += 4 * config.d_inner * config.d_state
-            total += activation_bytes * _conv_channels(config) * (config.d_conv - 1)
+            total += activation_bytes * _conv_channels(config, kind) * (config.d_conv - 1)
         elif kind == "attention":
             total += 2 * activation_bytes * context * _kv_width(config)
             total += activation_bytes * _qkv_width(config) * ((config.attention_conv or 1) - 1)
@@ -160,7 +175,9 @@ def _mixer_parameters(config: ModelConfig, kind: str) -> int:
 def _matrix_weights(config: ModelConfig, kind: str) -> int:
     """Weights of the matrices that a token is multiplied with: of experts, those that it passes."""
     layer = _mixer(config, kind)
-    total = sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
+    total = sum(
+        module.weight.numel() for module in layer.modules() if isinstance(module, (nn.Linear, StepSizeProjection))
+    )
     if isinstance(layer, MoE):
         experts = (m.weight for m in (layer.gate_proj, layer.up_proj, layer.out_proj) if m is not None)
         used = layer.router.per_token / layer.n_experts
@@ -179,11 +196,13 @@ def _ssd_sizes(config: ModelConfig, batch: int, seqlen: int) -> tuple[int, int, 
     return batch, seqlen, config.nheads, config.headdim, config.ngroups, config.d_state, chunk
 
 
-def _conv_flops(config: ModelConfig, tokens: int) -> int:
-    return 2 * tokens * _conv_channels(config) * config.d_conv
+def _conv_flops(config: ModelConfig, kind: str, tokens: int) -> int:
+    return 2 * tokens * _conv_channels(config, kind) * config.d_conv
 
 
-def _conv_channels(config: ModelConfig) -> int:
+def _conv_channels(config: ModelConfig, kind: str) -> int:
+    if kind == "mamba":
+        return config.d_inner
     return config.d_inner + 2 * config.ngroups * config.d_state
 
 

@@ -13,13 +13,13 @@ from dualscan.models.layers import mixer
 
 _WHOLE = ("d_model", "vocab_size", "vocab_multiple", "d_state", "headdim", "expand", "ngroups", "d_conv")
 _WHOLE_OR_NONE = (
-    *("chunk_size", "norm_groups", "n_heads", "n_kv_heads", "head_dim", "rotary_dim", "attention_conv", "d_mlp"),
-    *("n_experts", "experts_per_token", "d_expert", "d_shared", "router_groups", "router_groups_used"),
+    *("dt_rank", "chunk_size", "norm_groups", "n_heads", "n_kv_heads", "head_dim", "rotary_dim", "attention_conv"),
+    *("d_mlp", "n_experts", "experts_per_token", "d_expert", "d_shared", "router_groups", "router_groups_used"),
 )
 _POSITIVE = ("norm_eps", "embedding_std", "rope_theta")
 _FACTORS = ("attention_scale", "mlp_scale", "gate_scale", "embedding_scale", "residual_scale", "logits_scale")
 
-LAYER_TYPES = {"M": "mamba2", "*": "attention", "-": "mlp", "E": "moe"}
+LAYER_TYPES = {"M": "mamba2", "m": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,19 +28,20 @@ class ModelConfig:
 
     Attributes:
         d_model: width of the residual stream.
-        pattern: one letter a layer: M Mamba-2, * attention, - MLP, E mixture of experts. "M" * 24 is a pure Mamba-2
-            model, "MMM*MM-" a hybrid.
+        pattern: one letter a layer: M Mamba-2, m Mamba, * attention, - MLP, E mixture of experts. "M" * 24 is a pure
+            Mamba-2 model, "MMM*MM-" a hybrid.
         vocab_size: tokens of the vocabulary.
         vocab_multiple: the embedding is padded to a multiple of this many rows.
-        d_state: N, state size per channel of Mamba-2.
+        d_state: N, state size per channel of Mamba-2 and Mamba.
         headdim: P, channels per head of Mamba-2.
         expand: d_inner / d_model.
         ngroups: groups of heads that share B and C.
         d_conv: width of the causal convolution.
+        dt_rank: width of the bottleneck of Δ in Mamba; None takes d_model / 16, rounded up.
         dt_limit: clamp of Δ after softplus.
         chunk_size: tokens a chunk of SSD; None takes the operator's default.
-        mamba_bias: bias on the projections of Mamba-2.
-        conv_bias: bias on the convolution of Mamba-2.
+        mamba_bias: bias on the projections of Mamba-2 and Mamba.
+        conv_bias: bias on the convolution of Mamba-2 and Mamba.
         norm_before_gate: order of norm and gate in Mamba-2.
         norm_groups: groups of channels that Mamba-2's gated norm treats separately; None takes ngroups.
         n_heads: attention heads; None takes d_model / 64, at least 1.
@@ -90,6 +91,7 @@ class ModelConfig:
     expand: int = 2
     ngroups: int = 1
     d_conv: int = 4
+    dt_rank: int | None = None
     dt_limit: tuple[float, float] = (0.0, math.inf)
     chunk_size: int | None = None
     mamba_bias: bool = False
@@ -175,7 +177,7 @@ class ModelConfig:
 
     @property
     def d_inner(self) -> int:
-        """Channels inside Mamba-2: expand * d_model."""
+        """Channels inside Mamba-2 and Mamba: expand * d_model."""
         return self.expand * self.d_model
 
     @property

@@ -8,6 +8,7 @@ from dualscan.nn.attention import Attention
 from dualscan.nn.block import Block
 from dualscan.nn.hybrid.moe import MoE
 from dualscan.nn.hybrid.scaled import ScaledBlock
+from dualscan.nn.mamba import Mamba
 from dualscan.nn.mamba2 import Mamba2
 from dualscan.nn.mlp import MLP
 
@@ -45,6 +46,18 @@ def _mamba2(config: "ModelConfig") -> Mamba2:
         norm_eps=config.norm_eps,
         norm_before_gate=config.norm_before_gate,
         norm_groups=config.norm_groups,
+        bias=config.mamba_bias,
+        conv_bias=config.conv_bias,
+    )
+
+
+def _mamba(config: "ModelConfig") -> Mamba:
+    return Mamba(
+        config.d_model,
+        d_state=config.d_state,
+        expand=config.expand,
+        d_conv=config.d_conv,
+        dt_rank=config.dt_rank,
         bias=config.mamba_bias,
         conv_bias=config.conv_bias,
     )
@@ -94,4 +107,4 @@ def _moe(config: "ModelConfig") -> MoE:
     )
 
 
-_MIXERS = {"mamba2": _mamba2, "attention": _attention, "mlp": _mlp, "moe": _moe}
+_MIXERS = {"mamba2": _mamba2, "mamba": _mamba, "attention": _attention, "mlp": _mlp, "moe": _moe}

@@ -1,4 +1,4 @@
-"""Named sizes: the published Mamba-2 models and small ones for a CPU."""
+"""Named sizes: the published Mamba-2 and Mamba models and small ones for a CPU."""
 
 import dataclasses
 import difflib
@@ -6,13 +6,17 @@ from typing import Any
 
 from dualscan.models.config import ModelConfig
 
-# GPT-NeoX vocabulary of the published models, padded to 50288 rows.
+# GPT-NeoX vocabulary of the published models, padded to 50288 rows for Mamba-2, to 50280 for Mamba.
 _NEOX = 50277
 _BYTES = 257
 
 
 def _published(d_model: int, n_layers: int) -> ModelConfig:
     return ModelConfig(d_model=d_model, pattern="M" * n_layers, vocab_size=_NEOX)
+
+
+def _published_mamba(d_model: int, n_layers: int) -> ModelConfig:
+    return ModelConfig(d_model=d_model, pattern="m" * n_layers, vocab_size=_NEOX, vocab_multiple=8, d_state=16)
 
 
 def _small(**sizes: Any) -> ModelConfig:
@@ -26,6 +30,11 @@ PRESETS: dict[str, ModelConfig] = {
     "mamba2_780m": _published(1536, 48),
     "mamba2_1_3b": _published(2048, 48),
     "mamba2_2_7b": _published(2560, 64),
+    "mamba_130m": _published_mamba(768, 24),
+    "mamba_370m": _published_mamba(1024, 48),
+    "mamba_790m": _published_mamba(1536, 48),
+    "mamba_1_4b": _published_mamba(2048, 48),
+    "mamba_2_8b": _published_mamba(2560, 64),
     # Byte-level models that a laptop trains; "demo" is what `make demo` trains, "tiny" what the tests use.
     "tiny": _small(d_model=32, pattern="MM", d_state=16, headdim=16),
     "demo": _small(d_model=192, pattern="MMMM", d_state=32),

@@ -25,6 +25,8 @@ SIZES: dict[str, Any] = {"d_model": 32, "vocab_size": 50, "d_state": 16, "headdi
 PATTERNS = {
     "mamba2": {"pattern": "MM"},
     "groups": {"pattern": "M", "ngroups": 4, "d_conv": 3},
+    "mamba": {"pattern": "mm"},
+    "both": {"pattern": "mM", "d_conv": 3, "dt_rank": 5},
     "attention": {"pattern": "**", "n_heads": 4, "n_kv_heads": 2},
     "mlp": {"pattern": "-M", "d_mlp": 40},
     "wide attention": {"pattern": "*", "n_heads": 3, "n_kv_heads": 1, "head_dim": 16, "attention_conv": 4},
@@ -84,7 +86,7 @@ def test_forward_flops(pattern: str, seqlen: int) -> None:
     assert last < counted
 
 
-@pytest.mark.parametrize("pattern", ["mamba2", "groups", "mlp"])
+@pytest.mark.parametrize("pattern", ["mamba2", "mamba", "groups", "mlp"])
 def test_training_flops(pattern: str) -> None:
     model, batch, seqlen = model_of(pattern), 2, 16
     tokens = torch.randint(50, (batch, seqlen))

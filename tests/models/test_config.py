@@ -21,6 +21,11 @@ PUBLISHED = {
     "mamba2_780m": (1536, 48, 780_161_280),
     "mamba2_1_3b": (2048, 48, 1_343_757_312),
     "mamba2_2_7b": (2560, 64, 2_702_599_680),
+    "mamba_130m": (768, 24, 129_135_360),
+    "mamba_370m": (1024, 48, 371_516_416),
+    "mamba_790m": (1536, 48, 793_204_224),
+    "mamba_1_4b": (2048, 48, 1_372_178_432),
+    "mamba_2_8b": (2560, 64, 2_768_345_600),
 }
 
 
@@ -39,9 +44,11 @@ def test_derived_sizes() -> None:
 def test_published_sizes(name: str) -> None:
     config = preset(name)
     assert (config.d_model, config.n_layers) == PUBLISHED[name][:2]
-    assert config.layer_types == ("mamba2",) * config.n_layers
-    assert (config.headdim, config.d_state, config.ngroups, config.expand, config.d_conv) == (64, 128, 1, 2, 4)
-    assert (config.vocab_size, config.padded_vocab_size) == (50277, 50288)
+    kind = name.split("_")[0]
+    assert config.layer_types == (kind,) * config.n_layers
+    assert (config.ngroups, config.expand, config.d_conv) == (1, 2, 4)
+    assert (config.headdim, config.d_state) == ((64, 128) if kind == "mamba2" else (64, 16))
+    assert (config.vocab_size, config.padded_vocab_size) == (50277, 50288 if kind == "mamba2" else 50280)
     assert config.tie_embeddings
 
 
