@@ -90,6 +90,6 @@ def _runs(blocks: nn.ModuleList) -> "list[tuple[int, Plan | None]]":
 
 def _may_merge(block: nn.Module) -> bool:
     """Whether a kernel does the same as calling the block and the modules in it, which runs their hooks."""
-    if type(block) is not Block or type(block.mixer) is not Mamba2:
+    if type(block) is not Block or type(block.mixer) is not Mamba2 or not block.mixer.plain:
         return False
     return not any(m._forward_hooks or m._forward_pre_hooks for m in (block, block.norm, block.mixer))

@@ -51,8 +51,8 @@ class Mamba2(Float32Parameters):
     """Mamba-2 mixer: `(batch, seqlen, d_model)` in and out.
 
     [z, x, B, C, dt] = in_proj(u);  x, B, C = SiLU(conv(x, B, C));  y = SSD(x, softplus(dt + dt_bias), -exp(A_log), B,
-    C) + D x; out_proj(RMSNorm(y · SiLU(z))). (arXiv 2405.21060, section 7 and figure 6.) A feature map ψ takes the place
-    of SiLU for B and C.
+    C) + D x; out_proj(RMSNorm(y · SiLU(z))). (arXiv 2405.21060, section 7 and figure 6.) A feature map takes the
+    place of SiLU for B and C.
 
     Args:
         d_model: width of the residual stream.

@@ -48,7 +48,7 @@ class FeatureMap(nn.Module):
         """
         for stage in self.stages:
             assert isinstance(stage, Stage)
-            q, k = stage(q, 0, cu_seqlens), stage(k, 1, cu_seqlens)
+            q, k = stage(q, "q", cu_seqlens), stage(k, "k", cu_seqlens)
         return q, k
 
     def advance(self, state: Tensor, seqlen: int, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from dualscan.nn.precision import Float32Parameters
 from dualscan.ops.sma import features, rotation
 
 MAX_LENGTH = 8192
+ROLES = ("q", "k")
 
 
 class Stage(nn.Module):
@@ -22,25 +23,28 @@ class Stage(nn.Module):
         super().__init__()
         self.function = getattr(features, name)
 
-    def forward(self, x: Tensor, role: int, cu_seqlens: Tensor | None) -> Tensor:
-        """Maps `(batch, seqlen, heads, n)`; role 0 is a query, 1 a key."""
+    def forward(self, x: Tensor, role: str, cu_seqlens: Tensor | None) -> Tensor:
+        """Maps `(batch, seqlen, heads, n)`; role is "q" or "k"."""
         return self.function(x)
 
 
 class Norm(Float32Parameters, Stage):
     """A norm with a weight, and a layer norm's bias, of queries and of keys."""
 
-    float32_parameters = ("weight", "bias")
+    float32_parameters = ("q_weight", "q_bias", "k_weight", "k_bias")
 
     def __init__(self, name: str, n: int):
         super().__init__(name)
-        self.weight = nn.Parameter(torch.ones(2, n))
-        self.bias = nn.Parameter(torch.zeros(2, n)) if name == "layer_norm" else None
+        for role in ROLES:
+            self.register_parameter(f"{role}_weight", nn.Parameter(torch.ones(n)))
+            bias = nn.Parameter(torch.zeros(n)) if name == "layer_norm" else None
+            self.register_parameter(f"{role}_bias", bias)
 
-    def forward(self, x: Tensor, role: int, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, role: str, cu_seqlens: Tensor | None) -> Tensor:
         """Normalises in float32."""
-        y = self.function(x.to(self.weight.dtype)) * self.weight[role]
-        return (y if self.bias is None else y + self.bias[role]).to(x.dtype)
+        weight, bias = getattr(self, f"{role}_weight"), getattr(self, f"{role}_bias")
+        y = self.function(x.to(weight.dtype)) * weight
+        return (y if bias is None else y + bias).to(x.dtype)
 
 
 class RandomFeatures(Stage):
@@ -52,7 +56,7 @@ class RandomFeatures(Stage):
         super().__init__(name)
         self.register_buffer("projection", features.random_projection(n, n))
 
-    def forward(self, x: Tensor, role: int, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, role: str, cu_seqlens: Tensor | None) -> Tensor:
         """Projects on the directions."""
         return self.function(x, self.projection)
 
@@ -64,7 +68,7 @@ class Cosformer(Stage):
         super().__init__("cosformer")
         self.rate = math.pi / 2 / max_length
 
-    def forward(self, x: Tensor, role: int, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, role: str, cu_seqlens: Tensor | None) -> Tensor:
         """Turns by the position."""
         places = rotation.positions(x.shape[1], cu_seqlens, x.device)
         return self.function(x, self.rate * places[:, None, None])
