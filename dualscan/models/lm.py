@@ -16,6 +16,7 @@ from dualscan.nn.precision import project
 
 if TYPE_CHECKING:
     from dualscan.generate.engine import GenerateOutput
+    from dualscan.models.weights import Source
 
 
 class LMOutput(NamedTuple):
@@ -49,6 +50,7 @@ class MambaLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.source: Source | None = None  # set where another program's checkpoint was loaded
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(block(config, kind) for kind in config.layer_types)
         self.norm_f = RMSNorm(config.d_model, eps=config.norm_eps)
@@ -168,8 +170,8 @@ class MambaLM(nn.Module):
 
         return generate(self, tokens, **options)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes `model.safetensors` and `config.json` into a folder; see `dualscan.models.weights.save`."""
+    def save(self, folder: str | Path, *, format: str = "dualscan") -> None:
+        """Writes weights and `config.json` into a folder; see `dualscan.models.weights.save`."""
         from dualscan.models.weights import save
 
-        save(self, folder)
+        save(self, folder, format=format)

@@ -144,7 +144,7 @@ def write_config(folder: Path, values: Any) -> None:
         ('{"format": "dualscan", "mod', ["config.json is not JSON", "truncated"]),
         ("[]", ["checkpoint of another program"]),
         ({"model_type": "llama", "hidden_size": 3}, ["a transformers checkpoint of type 'llama'", "model.save()"]),
-        ({"d_model": 3, "n_layer": 4}, ["a checkpoint of another program"]),
+        ({"d_model": 3, "layers": 4}, ["a checkpoint of another program", "mamba2"]),
         ({"format": "dualscan"}, ["config.json has no 'model' section"]),
         ({"format": "dualscan", "model": [1]}, ["config.json has no 'model' section"]),
         ({"format": "dualscan", "model": {"d_model": 32}}, ["config.json", "no 'pattern'"]),
@@ -178,7 +178,7 @@ def test_missing_files(tmp_path: Path) -> None:
         dualscan.load(tmp_path)
     model_of().save(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors; give a folder"):
+    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors .*; give a folder"):
         dualscan.load(tmp_path)
 
 

@@ -1,0 +1,81 @@
+"""Mamba-2 as transformers stores it: `model_type` "mamba2", among them Mamba-Codestral."""
+
+from typing import Any
+
+from dualscan.models.config import ModelConfig
+from dualscan.models.families.family import Family
+from dualscan.models.families.layout import Layout
+from dualscan.models.families.settings import Settings
+
+
+def _config(settings: Settings) -> ModelConfig:
+    settings.only("hidden_act", "silu", lacks="another activation")
+    width, heads, headdim = settings("hidden_size"), settings("num_heads"), settings("head_dim")
+    expand = settings("expand", 2)
+    if heads * headdim != expand * width:
+        raise ValueError(
+            f"the mamba2 configuration contradicts itself: num_heads {heads} x head_dim {headdim} is not expand "
+            f"{expand} x hidden_size {width}."
+        )
+    return ModelConfig(
+        d_model=width,
+        pattern="M" * settings("num_hidden_layers"),
+        vocab_size=settings("vocab_size"),
+        vocab_multiple=1,
+        d_state=settings("state_size"),
+        headdim=headdim,
+        expand=expand,
+        ngroups=settings("n_groups", 8),
+        d_conv=settings("conv_kernel", 4),
+        dt_limit=settings.limits("time_step_limit"),
+        mamba_bias=settings("use_bias", False),
+        conv_bias=settings("use_conv_bias", True),
+        norm_groups=settings("norm_groups", None),
+        norm_eps=settings("layer_norm_epsilon", 1e-5),
+        tie_embeddings=settings("tie_word_embeddings", False),
+    )
+
+
+def _to_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["Mamba2ForCausalLM"],
+        "model_type": "mamba2",
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "vocab_size": config.padded_vocab_size,
+        "state_size": config.d_state,
+        "num_heads": config.nheads,
+        "head_dim": config.headdim,
+        "expand": config.expand,
+        "n_groups": config.ngroups,
+        "conv_kernel": config.d_conv,
+        "time_step_limit": list(config.dt_limit),
+        "use_bias": config.mamba_bias,
+        "use_conv_bias": config.conv_bias,
+        "layer_norm_epsilon": config.norm_eps,
+        "residual_in_fp32": True,
+        "hidden_act": "silu",
+        "tie_word_embeddings": config.tie_embeddings,
+        **({} if config.norm_groups in (None, config.ngroups) else {"norm_groups": config.norm_groups}),
+    }
+
+
+def _layout(config: ModelConfig) -> Layout:
+    del config
+    return Layout(
+        names={"embedding": "backbone.embeddings", "layers": "backbone.layers", "norm_f": "backbone.norm_f"},
+    )
+
+
+FAMILY = Family(
+    name="mamba2",
+    checkpoints="mistralai/Mamba-Codestral-7B-v0.1",
+    config=_config,
+    layout=_layout,
+    to_config=_to_config,
+    differences=(
+        "transformers 4 normalised all channels together where n_groups is more than 1, and trained checkpoints "
+        "(Codestral) normalise by group, as here; norm_groups=1 computes the former. Its cached steps leave out the "
+        "clamp of time_step_limit."
+    ),
+)
