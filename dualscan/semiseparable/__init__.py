@@ -3,9 +3,12 @@
 `StructuredMatrix` is what they have in common; a new mask is one such class.
 """
 
+from dualscan.semiseparable import algebra as algebra  # registers the closed forms
 from dualscan.semiseparable.costs import Cost, count
 from dualscan.semiseparable.matrix import Dense, StructuredMatrix, closed
+from dualscan.semiseparable.ranks import block_ranks
 from dualscan.semiseparable.scans import scan
+from dualscan.semiseparable.sss import OneSemiseparable, SemiseparableMatrix, as_semiseparable
 from dualscan.semiseparable.structured import Cauchy, Cosine, Diagonal, Fourier, LowRank, Toeplitz, Vandermonde
 
 __all__ = [
@@ -16,9 +19,13 @@ __all__ = [
     "Diagonal",
     "Fourier",
     "LowRank",
+    "OneSemiseparable",
+    "SemiseparableMatrix",
     "StructuredMatrix",
     "Toeplitz",
     "Vandermonde",
+    "as_semiseparable",
+    "block_ranks",
     "closed",
     "count",
     "scan",
