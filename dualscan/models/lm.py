@@ -11,7 +11,7 @@ from dualscan.models.config import ModelConfig
 from dualscan.models.layers import block
 from dualscan.nn import init
 from dualscan.nn.block import Block, step_blocks
-from dualscan.nn.norm import RMSNorm
+from dualscan.nn.norm import RMSNorm, project_normed
 from dualscan.nn.precision import project
 
 if TYPE_CHECKING:
@@ -97,10 +97,15 @@ class MambaLM(nn.Module):
         """
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative; 0 keeps all.")
-        hidden, state = self.hidden_states(tokens, state=state, cu_seqlens=cu_seqlens, reuse_state=reuse_state)
+        h, state = self._read(tokens, state, cu_seqlens, reuse_state)
         if logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:]
-        return LMOutput(project(hidden, self.output_weight), state)
+            h = h[:, -logits_to_keep:]
+        logits = None
+        if self.config.logits_scale == 1.0:
+            logits = project_normed(h, self.norm_f, self.output_weight)
+        if logits is None:
+            logits = project(self._finish(h), self.output_weight)
+        return LMOutput(logits, state)
 
     def hidden_states(
         self,
@@ -111,6 +116,13 @@ class MambaLM(nn.Module):
         reuse_state: bool = False,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """The hidden states `(batch, seqlen, d_model)` that the output projection takes, and the state."""
+        h, state = self._read(tokens, state, cu_seqlens, reuse_state)
+        return self._finish(h), state
+
+    def _read(
+        self, tokens: Tensor, state: tuple[Any, ...] | None, cu_seqlens: Tensor | None, reuse_state: bool
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """The residual stream after the last layer, and the state."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected (batch, seqlen).")
         if tokens.dtype not in (torch.int64, torch.int32):
@@ -123,16 +135,20 @@ class MambaLM(nn.Module):
         if self.config.embedding_scale != 1.0:
             h = h * self.config.embedding_scale
         if state is not None and cu_seqlens is None and tokens.shape[1] == 1:
-            h, states = step_blocks(self.layers, h, state, reuse_state=reuse_state)
+            h, state = step_blocks(self.layers, h, state, reuse_state=reuse_state)
         else:
             states = []
             for i, block in enumerate(self.layers):
                 h, layer_state = block(h, None if state is None else state[i], cu_seqlens)
                 states.append(layer_state)
+            state = tuple(states)
+        return h, state
+
+    def _finish(self, h: Tensor) -> Tensor:
         h = self.norm_f(h)
         if self.config.logits_scale != 1.0:
             h = h * self.config.logits_scale
-        return h.to(self.output_weight.dtype), tuple(states)
+        return h.to(self.output_weight.dtype)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         try:

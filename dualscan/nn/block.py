@@ -1,6 +1,6 @@
 """The residual block around any mixer, and one token through a stack of blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from dualscan.nn.mamba2 import Mamba2, Mamba2State, needs_operators
 from dualscan.nn.norm import RMSNorm
 from dualscan.nn.step import Watch, make_plan
-from dualscan.ops import decode
 
 if TYPE_CHECKING:
-    from dualscan.ops.decode.numba_step import Plan
+    from dualscan.ops.decode.numba_step import Plan, Table
 
 # What is known of stacks of blocks: how they were, and their runs.
 _STACKS: "WeakKeyDictionary[nn.ModuleList, tuple[Watch, list[tuple[int, Plan | None]]]]" = WeakKeyDictionary()
@@ -45,9 +44,22 @@ class Block(nn.Module):
         return self.mixer.get_parameter("out_proj.weight").dtype
 
 
+class StepStates(tuple[Any, ...]):
+    """The states of a stack of Mamba-2 blocks where the last step left them; a copy is a plain tuple.
+
+    A step that is given them and may reuse them finds its table ready: it does nothing a layer in Python.
+    """
+
+    plan: "Plan"
+    table: "Table"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, (tuple(self),)
+
+
 def step_blocks(
     blocks: nn.ModuleList, h: Tensor, states: Sequence[Any], *, reuse_state: bool = False
-) -> tuple[Tensor, list[Any]]:
+) -> tuple[Tensor, tuple[Any, ...]]:
     """One token through the blocks of a model; a run of Mamba-2 blocks goes through one kernel where that is possible.
 
     Args:
@@ -59,20 +71,44 @@ def step_blocks(
     Returns:
         The residual stream after the last block, and the next states.
     """
-    after: list[Any] = []
-    direct = h.dtype == torch.float32 and not needs_operators(h) and not torch.compiler.is_compiling()
-    for length, plan in _runs(blocks) if direct else [(len(blocks), None)]:
-        begin = len(after)
-        end = begin + length
-        stepped = None if plan is None else decode.step(plan, h[:, 0], states[begin:end], reuse_state=reuse_state)
-        if stepped is not None:
-            h = stepped[0].unsqueeze(1)
-            after += [Mamba2State(*state) for state in stepped[1]]
-            continue
-        for block, state in zip(blocks[begin:end], states[begin:end], strict=True):
-            h, state = block(h, state)
-            after.append(state)
+    if h.dtype != torch.float32 or needs_operators(h) or torch.compiler.is_compiling():
+        return _step_run(blocks, None, h, states)
+    runs = _runs(blocks)
+    if len(runs) == 1 and reuse_state and runs[0][1] is not None:
+        return _step_in_place(blocks, runs[0][1], h, states)
+    after: tuple[Any, ...] = ()
+    for length, plan in runs:
+        span = slice(len(after), len(after) + length)
+        h, run_states = _step_run(blocks[span], plan, h, states[span], reuse_state)
+        after += run_states
     return h, after
+
+
+def _step_in_place(
+    blocks: nn.ModuleList, plan: "Plan", h: Tensor, states: Sequence[Any]
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """A step of a whole model that may reuse the states, which know where they are from the second one on."""
+    if type(states) is StepStates and states.plan is plan and states[0].ssm.shape[0] == h.shape[0]:
+        return plan.run(h[:, 0], states.table).unsqueeze(1), states
+    stepped = plan.step(h[:, 0], states, reuse_state=True)
+    if stepped is None:
+        return _step_run(blocks, None, h, states)
+    after = StepStates(Mamba2State(*state) for state in stepped[1])
+    after.plan, after.table = plan, plan.prepare(after, reuse_state=True)[0]
+    return stepped[0].unsqueeze(1), after
+
+
+def _step_run(
+    blocks: Iterable[nn.Module], plan: "Plan | None", h: Tensor, states: Sequence[Any], reuse_state: bool = False
+) -> tuple[Tensor, tuple[Any, ...]]:
+    stepped = None if plan is None else plan.step(h[:, 0], states, reuse_state=reuse_state)
+    if stepped is not None:
+        return stepped[0].unsqueeze(1), tuple(Mamba2State(*state) for state in stepped[1])
+    after = []
+    for block, state in zip(blocks, states, strict=True):
+        h, state = block(h, state)
+        after.append(state)
+    return h, tuple(after)
 
 
 def _runs(blocks: nn.ModuleList) -> "list[tuple[int, Plan | None]]":
@@ -82,14 +118,18 @@ def _runs(blocks: nn.ModuleList) -> "list[tuple[int, Plan | None]]":
         merged, runs = [], []
         for mergeable, group in groupby(blocks, _may_merge):
             run: list[Any] = list(group)
-            merged += [(block, block.norm, block.mixer) for block in run if mergeable]
+            merged += [module for block in run if mergeable for module in _called(block)]
             runs.append((len(run), make_plan([(block.mixer, block.norm) for block in run]) if mergeable else None))
-        known = _STACKS[blocks] = Watch(blocks, [module for modules in merged for module in modules]), runs
+        known = _STACKS[blocks] = Watch(blocks, merged), runs
     return known[1]
 
 
 def _may_merge(block: nn.Module) -> bool:
-    """Whether a kernel does the same as calling the block and the modules in it, which runs their hooks."""
-    if type(block) is not Block or type(block.mixer) is not Mamba2 or not block.mixer.plain:
+    """Whether the kernel does the same as calling the block and the modules in it, which runs their hooks."""
+    if type(block) is not Block or type(block.mixer) is not Mamba2 or not block.mixer.steps_directly:
         return False
-    return not any(m._forward_hooks or m._forward_pre_hooks for m in (block, block.norm, block.mixer))
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in _called(block))
+
+
+def _called(block: Any) -> tuple[nn.Module, ...]:
+    return block, block.norm, block.mixer, block.mixer.in_proj, block.mixer.out_proj

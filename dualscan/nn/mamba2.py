@@ -149,7 +149,8 @@ class Mamba2(Float32Parameters):
         """
         if u.ndim != 3 or u.shape[-1] != self.d_model:
             raise ValueError(f"Mamba2: u has shape {tuple(u.shape)}; expected (batch, seqlen, d_model={self.d_model}).")
-        if u.shape[1] == 1 and state is not None and cu_seqlens is None and self._steps_directly(u):
+        one_token = u.shape[1] == 1 and state is not None and cu_seqlens is None
+        if one_token and self.steps_directly and not needs_operators(u):
             _check_batch(u, state)
             y, *after = mamba2_step(self, u, *state)
             return y, Mamba2State(*after)
@@ -167,11 +168,10 @@ class Mamba2(Float32Parameters):
         y = apply_linear(self.out_proj, self.norm(y, z))
         return y, Mamba2State(conv_state, ssm_state)
 
-    def _steps_directly(self, u: Tensor) -> bool:
+    @property
+    def steps_directly(self) -> bool:
         """Whether a token may take the short way, which reads the projections' weights."""
-        return (
-            self.plain and not needs_operators(u) and is_plain_linear(self.in_proj) and is_plain_linear(self.out_proj)
-        )
+        return self.plain and is_plain_linear(self.in_proj) and is_plain_linear(self.out_proj)
 
     @property
     def plain(self) -> bool:

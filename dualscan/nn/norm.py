@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualscan.nn.precision import Float32Parameters
+from dualscan.ops import decode
 from dualscan.ops.norm import rms_norm
 
 
@@ -40,3 +41,24 @@ class RMSNorm(Float32Parameters):
     def extra_repr(self) -> str:
         """The arguments, for `print(model)`."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def project_normed(h: Tensor, norm: RMSNorm, weight: Tensor) -> Tensor | None:
+    """`norm(h) weight^T` as one kernel: the end of a decoding step, which runs from cold caches.
+
+    Args:
+        h: `(..., in)` float32.
+        norm: before the projection.
+        weight: `(out, in)`.
+
+    Returns:
+        `(..., out)` like weight, or None where there is no such kernel: it takes few rows on a CPU, without gradients.
+    """
+    if h.numel() > decode.MOST_ROWS * h.shape[-1] or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if norm._forward_hooks or norm._forward_pre_hooks or torch.is_autocast_enabled(h.device.type):
+        return None
+    rows = h.reshape(-1, h.shape[-1])
+    if not len(rows) or not decode.runs(rows, norm.weight) or not decode.takes(weight):
+        return None
+    return decode.project(rows, weight, norm=norm.weight, eps=norm.eps).view(*h.shape[:-1], -1)

@@ -40,12 +40,12 @@ def mamba2_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[
         y `(batch, 1, d_model)` and the next conv and ssm states; the given ones are not modified.
     """
     stepped = None
-    if not torch.compiler.is_compiling():
+    if u.shape[0] <= decode.MOST_ROWS and not torch.compiler.is_compiling():
         known = _PLANS.get(mixer)
         if known is None or not known[0].unchanged():
             known = _PLANS[mixer] = Watch([mixer]), make_plan([(mixer, None)])
         if known[1] is not None:
-            stepped = decode.step(known[1], u[:, 0], [(conv, ssm)])
+            stepped = known[1].step(u[:, 0], [(conv, ssm)])
     if stepped is None:
         return _portable_step(mixer, u, conv, ssm)
     y, ((conv, ssm),) = stepped
@@ -95,16 +95,13 @@ class Watch:
 
 
 def make_plan(layers: "Sequence[tuple[Mamba2, RMSNorm | None]]") -> "Plan | None":
-    """The kernel's plan of mixers, each with the norm before it, or None where the kernel does not run.
+    """The kernel's plan of mixers that step directly, each with the norm before it; None where it does not run.
 
     With a norm a layer is `h + mixer(norm(h))`, without one it is the mixer alone.
     """
     parameters, sizes = [], []
     for mixer, before in layers:
         in_proj, conv1d, norm, out_proj = mixer.in_proj, mixer.conv1d, mixer.norm, mixer.out_proj
-        # Another kind of projection, such as one with an adapter, wants to be called; the kernel reads the weights.
-        if type(in_proj) is not nn.Linear or type(out_proj) is not nn.Linear or type(conv1d) is not nn.Conv1d:
-            return None
         parameters.append(
             decode.Parameters(
                 *(in_proj.weight, in_proj.bias, conv1d.weight, conv1d.bias),

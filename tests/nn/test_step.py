@@ -5,7 +5,8 @@ The other tests compare the operators with everything else.
 
 import copy
 import math
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -106,12 +107,12 @@ def stack(pattern: str, dtype: torch.dtype) -> nn.ModuleList:
     mixers = {"M": lambda: Mamba2(32, d_state=12, headdim=8, ngroups=2), "-": lambda: MLP(32, 48)}
     blocks = nn.ModuleList(Block(32, mixers[letter](), norm_eps=1e-3) for letter in pattern)
     for block in blocks:
-        nn.init.normal_(block.norm.weight)
+        nn.init.normal_(block.get_parameter("norm.weight"))
     return blocks.to(dtype)
 
 
 @torch.no_grad()
-def decode(blocks: nn.ModuleList, h: torch.Tensor, **options) -> tuple[list[torch.Tensor], list]:
+def decode(blocks: nn.ModuleList, h: torch.Tensor, **options) -> tuple[list[torch.Tensor], Sequence[Any]]:
     """The residual stream of each token after the first, and the last states."""
     states, first = [], h[:, :1]
     for block in blocks:
@@ -138,6 +139,20 @@ def test_a_stack_steps_as_it_reads_the_sequence(pattern: str, dtype: torch.dtype
             assert_close("ssm", state.ssm, exact_after.ssm, dtype=dtype, yardstick=after.ssm)
             assert_close("conv", state.conv, exact_after.conv, dtype=dtype, yardstick=after.conv)
     assert_close("out", torch.cat(outs, 1), reference[:, 1:], dtype=dtype, yardstick=parallel[:, 1:])
+
+
+def test_a_copy_of_reused_states_is_independent() -> None:
+    blocks, h = stack("MM", torch.float32), torch.randn(1, 4, 32)
+    _, states = decode(blocks, h, reuse_state=True)
+    with torch.no_grad():
+        copied = copy.deepcopy(states)
+        kept = [state.ssm.clone() for state in states]
+        first, after = step_blocks(blocks, h[:, :1], copied, reuse_state=True)
+        assert all(torch.equal(state.ssm, before) for state, before in zip(states, kept, strict=True))
+        second, same = step_blocks(blocks, h[:, :1], states, reuse_state=True)
+    assert torch.equal(first, second)
+    assert same is states
+    assert all(torch.equal(a.ssm, b.ssm) and torch.equal(a.conv, b.conv) for a, b in zip(after, same, strict=True))
 
 
 def change_weight(block: Block) -> None:

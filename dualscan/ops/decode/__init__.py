@@ -53,69 +53,55 @@ class Sizes(NamedTuple):
 
 def runs(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether the kernels take few rows `x` (rows, size) and weights of its dtype: on a CPU, in plain order."""
-    return x.shape[0] <= MOST_ROWS and x.is_contiguous() and _takes(x.device, x.dtype, weights)
+    return x.shape[0] <= MOST_ROWS and takes(x, *weights)
 
 
-def _takes(device: torch.device, dtype: torch.dtype, weights: tuple[Tensor | None, ...]) -> bool:
+def takes(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels take tensors of one dtype: on a CPU, in plain order."""
+    dtype = first.dtype
     return (
-        _numba.obstacle(device) is None
+        _numba.obstacle(first.device) is None
         and _numba.unsupported(dtype) is None
-        and all(t.dtype == dtype and t.is_contiguous() for t in weights if t is not None)
+        and first.is_contiguous()
+        and all(t.dtype == dtype and t.is_contiguous() for t in others if t is not None)
     )
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def project(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Tensor | None = None, eps: float = 0.0
+) -> Tensor:
     """`x weight^T + bias` of tensors that `runs` accepts, with float32 sums: every row of the weight is read once.
 
     Args:
-        x: `(rows, in)`.
+        x: `(rows, in)`, of the weight's dtype; float32 with a norm.
         weight: `(out, in)`.
         bias: `(out,)`.
+        norm: `(in,)` float32, the weight of an RMSNorm that x goes through first.
+        eps: the norm's.
 
     Returns:
-        `(rows, out)` like x.
+        `(rows, out)` like weight.
     """
     from dualscan.ops.decode import numba_step
 
-    return numba_step.project(x, weight, bias)
+    return numba_step.project(x, weight, bias, norm, eps)
 
 
 def plan(layers: Sequence[Parameters], sizes: Sizes) -> "Plan | None":
     """What the kernel needs to know of layers of one shape; good for as long as their parameters stay where they are.
 
     Returns:
-        None where the kernel does not run: it takes CPU tensors, one dtype for the matrices, all in plain order.
+        A plan, whose `step` takes a token through the layers in one launch. None where the kernel does not run: it
+        takes CPU tensors, one dtype for the matrices, all in plain order.
     """
     shapes = [None if t is None else t.shape for t in layers[0]]
     for layer in layers:
         low = layer.in_weight, layer.in_bias, layer.conv_weight, layer.conv_bias, layer.out_weight, layer.out_bias
         exact = layer.A_log, layer.dt_bias, layer.D, layer.norm_weight, layer.before
-        if [None if t is None else t.shape for t in layer] != shapes:
+        if [None if t is None else t.shape for t in layer] != shapes or layer.A_log.dtype != torch.float32:
             return None
-        if not all(t.dtype == torch.float32 and t.is_contiguous() for t in exact if t is not None):
-            return None
-        if not _takes(layer.A_log.device, layers[0].in_weight.dtype, low):
+        if layer.in_weight.dtype != layers[0].in_weight.dtype or not takes(*low) or not takes(*exact):
             return None
     from dualscan.ops.decode import numba_step
 
     return numba_step.Plan(layers, sizes)
-
-
-def step(
-    plan: "Plan", u: Tensor, states: Sequence[State], *, reuse_state: bool = False
-) -> tuple[Tensor, list[State]] | None:
-    """One token through the layers of a plan, all in one launch.
-
-    Args:
-        plan: of the layers.
-        u: `(batch, d_model)`.
-        states: one a layer.
-        reuse_state: writes the next states over the given ones, which saves a third of the state's traffic.
-
-    Returns:
-        The last layer's output, float32 like u's shape, and the next states; the given ones are not modified, unless
-        `reuse_state`. None for more rows than the kernel is good for, or for states of another shape or dtype.
-    """
-    if u.shape[0] > MOST_ROWS or not plan.takes(u.shape[0], states):
-        return None
-    return plan.step(u.float().contiguous(), states, reuse_state)

@@ -15,12 +15,15 @@ from dualscan.ops._numba import vector
 from dualscan.ops._numba.launch import workers_for
 from dualscan.ops._numba.product import DOT_ROWS, multiply_vectors
 from dualscan.ops._numba.vector import ONE, ZERO, Kernel, at, barrier, device_function, like, load, share
-from dualscan.ops.decode import Parameters, Sizes, State
+from dualscan.ops.decode import MOST_ROWS, Parameters, Sizes, State
 
 # What the kernel finds of a layer in the table of its plan: the addresses of `Parameters`, then those of the states,
 # old and new, and the old convolution state's strides.
 _PARAMETERS = len(Parameters._fields)
 _FIELDS = _PARAMETERS + 7
+
+
+Table = ctypes.Array[ctypes.c_int64]
 
 
 class Plan:
@@ -41,36 +44,59 @@ class Plan:
             addresses = [0 if t is None else t.data_ptr() for t in layer]
             self.table[i * _FIELDS : i * _FIELDS + _PARAMETERS] = addresses
 
-    def takes(self, batch: int, states: Sequence[State]) -> bool:
-        """Whether the states, one a layer, are what the kernel expects of so many rows."""
-        conv_shape = (batch, self.channels, self.halo)
-        ssm_shape = (batch, self.nheads, self.headdim, self.d_state)
-        return all(
-            conv.shape == conv_shape
-            and ssm.shape == ssm_shape
+    def step(
+        self, u: Tensor, states: Sequence[State], *, reuse_state: bool = False
+    ) -> tuple[Tensor, list[State]] | None:
+        """One token through the layers, all in one launch.
+
+        Args:
+            u: `(batch, d_model)`.
+            states: one a layer.
+            reuse_state: writes the next states over the given ones, which saves a third of the state's traffic.
+
+        Returns:
+            The last layer's output, float32 like u's shape, and the next states; the given ones are not modified,
+            unless `reuse_state`. None for more rows than the kernel is good for, or for states that do not fit.
+        """
+        batch = u.shape[0]
+        if batch > MOST_ROWS or not all(self._takes(batch, *state) for state in states):
+            return None
+        table, after = self.prepare(states, reuse_state)
+        return self.run(u, table), after
+
+    def _takes(self, batch: int, conv: Tensor, ssm: Tensor) -> bool:
+        return (
+            conv.shape == (batch, self.channels, self.halo)
+            and ssm.shape == (batch, self.nheads, self.headdim, self.d_state)
             and conv.dtype == self.dtype
             and ssm.dtype == torch.float32
             and ssm.is_contiguous()
-            for conv, ssm in states
         )
 
-    def step(self, u: Tensor, states: Sequence[State], reuse_state: bool) -> tuple[Tensor, list[State]]:
-        """Arguments and results as in `decode.step`."""
-        batch, sizes = u.shape[0], self.sizes
-        # Its own copy: two threads may decode with one model.
+    def prepare(self, states: Sequence[State], reuse_state: bool) -> tuple[Table, list[State]]:
+        """A launch's table, and the states that the launch leaves: new ones, or with `reuse_state` the given.
+
+        With the states of a launch that reused them, the table is good for every launch after it.
+        """
         table = type(self.table).from_buffer_copy(self.table)
-        plain_strides = (self.halo * self.channels, 1, self.channels)
+        time_major = (self.halo * self.channels, 1, self.channels)
         after = []
         for i, (conv, ssm) in enumerate(states):
             strides = conv.stride()
             conv_after, ssm_after = conv, ssm
-            if not reuse_state or strides != plain_strides:
-                conv_after = torch.empty_strided(conv.shape, plain_strides, dtype=conv.dtype)
+            if not reuse_state or strides != time_major:
+                conv_after = torch.empty_strided(conv.shape, time_major, dtype=conv.dtype)
             if not reuse_state:
                 ssm_after = torch.empty_like(ssm)
             addresses = conv.data_ptr(), conv_after.data_ptr(), ssm.data_ptr(), ssm_after.data_ptr()
             table[i * _FIELDS + _PARAMETERS : (i + 1) * _FIELDS] = (*addresses, *strides)
             after.append((conv_after, ssm_after))
+        return table, after
+
+    def run(self, u: Tensor, table: Table) -> Tensor:
+        """One launch: the output of the last layer, `(batch, d_model)` float32."""
+        u, sizes = u.float().contiguous(), self.sizes
+        batch = u.shape[0]
         workers = torch.get_num_threads()
         private = batch * max(self.d_model, self.d_inner) + 2 * sizes.ngroups * self.d_state
         private += max(self.headdim, DOT_ROWS)
@@ -84,17 +110,29 @@ class Plan:
             workers=workers,
             meet=True,
         )
-        return y, after
+        return y
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float) -> Tensor:
     """Arguments and results as in `decode.project`."""
     (rows, depth), width = x.shape, weight.shape[0]
-    y = torch.empty((rows, width), dtype=x.dtype)
+    y = torch.empty((rows, width), dtype=weight.dtype)
     workers = workers_for(weight.numel())
     scratch = torch.empty((workers, rows * depth + DOT_ROWS), dtype=torch.float32)
-    _PROJECT[x.dtype](x, weight, bias, y, rows, depth, width, scratch, workers=workers)
+    eps_and_norm = (None, None) if norm is None else (torch.tensor(eps, dtype=torch.float32), norm)
+    _PROJECT[y.dtype](x, weight, bias, y, rows, depth, width, scratch, *eps_and_norm, workers=workers)
     return y
+
+
+@device_function
+def _normalise(value, size, weight, eps, out):
+    """`out` = RMSNorm of `size` values under `weight`."""
+    total = ZERO
+    for i in range(size):
+        total += value[i] * value[i]
+    inverse = ONE / np.sqrt(total / np.float32(size) + eps)
+    for i in range(size):
+        out[i] = value[i] * inverse * weight[i]
 
 
 @device_function
@@ -102,8 +140,13 @@ def _project(p, x, weight, bias, y):
     rows, depth, width = p[6], p[7], p[8]
     begin, end, worker = share(p, width)
     own = at(vector.float32(p[9]), worker * (rows * depth + DOT_ROWS))
-    for i in range(rows * depth):
-        own[i] = load(x, i)
+    if p[11] != 0:
+        wide, eps, norm = vector.float32(p[2]), vector.float32(p[10])[0], vector.float32(p[11])
+        for row in range(0, rows * depth, depth):
+            _normalise(at(wide, row), depth, norm, eps, at(own, row))
+    else:
+        for i in range(rows * depth):
+            own[i] = load(x, i)
     multiply_vectors(weight, bias, p[4] != 0, own, depth, rows, depth, begin, end, y, width, at(own, rows * depth))
 
 
@@ -137,17 +180,6 @@ def _move_on(conv, conv_channel, conv_time, new, halo, channels, begin, count, a
     if halo > 0:
         for i in range(count):
             after[(halo - 1) * channels + begin + i] = new[begin + i]
-
-
-@device_function
-def _normalise(value, size, weight, eps, out):
-    """`out` = RMSNorm of `size` values under `weight`."""
-    total = ZERO
-    for i in range(size):
-        total += value[i] * value[i]
-    inverse = ONE / np.sqrt(total / np.float32(size) + eps)
-    for i in range(size):
-        out[i] = value[i] * inverse * weight[i]
 
 
 @device_function
