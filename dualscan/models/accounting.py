@@ -9,7 +9,8 @@ ngroups, W = d_conv, Q = chunk, V = padded vocabulary, one Mamba-2 layer has
 
 parameters and, beside its pre-norm's d, nothing else. A token costs 2 FLOPs a weight of the two projections, 2 W a
 channel of the convolution, and SSD's 2 (G Q N + H Q P + 2 H P N) in the chunked form (section 6 of arXiv 2405.21060) or
-2 · 2 H P N in a one-token step (update and read of the state).
+2 · 2 H P N in a one-token step (update and read of the state). In other head patterns than grouped values x, B and C
+have fewer or more channels; a feature map makes N wider behind the convolution.
 
 One Mamba layer, with R = dt_rank, has
 
@@ -31,6 +32,8 @@ from dualscan.nn.hybrid.moe import MoE
 from dualscan.nn.mamba import StepSizeProjection
 from dualscan.ops.selective_scan.library import backward_flops as scan_backward_flops
 from dualscan.ops.selective_scan.library import forward_flops as scan_forward_flops
+from dualscan.ops.sma.features import feature_size
+from dualscan.ops.sma.heads import head_counts
 from dualscan.ops.ssd.blocks import DEFAULT_CHUNK_SIZE
 from dualscan.ops.ssd.library import backward_flops, forward_flops
 
@@ -117,10 +120,14 @@ def training_flops_per_sequence(config: ModelConfig, seqlen: int, *, batch: int 
             (they rebuild states).
     """
     total = 3 * forward_flops_per_sequence(config, seqlen, batch=batch)
-    ssd_layers, scan_layers = config.layer_types.count("mamba2"), config.layer_types.count("mamba")
-    sizes, scan = _ssd_sizes(config, batch, seqlen), (batch, seqlen, config.d_inner, config.d_state)
-    total += ssd_layers * (backward_flops(*sizes) - 2 * forward_flops(*sizes))
-    return total + scan_layers * (scan_backward_flops(*scan) - 2 * scan_forward_flops(*scan))
+    for kind in config.layer_types:
+        if kind == "mamba2":
+            sizes = _ssd_sizes(config, batch, seqlen)
+            total += backward_flops(*sizes) - 2 * forward_flops(*sizes)
+        elif kind == "mamba":
+            scan = batch, seqlen, config.d_inner, config.d_state
+            total += scan_backward_flops(*scan) - 2 * scan_forward_flops(*scan)
+    return total
 
 
 def step_flops(config: ModelConfig, *, context: int = 0, batch: int = 1) -> int:
@@ -138,7 +145,7 @@ def step_flops(config: ModelConfig, *, context: int = 0, batch: int = 1) -> int:
     for kind in config.layer_types:
         total += 2 * _matrix_weights(config, kind)
         if kind in ("mamba2", "mamba"):
-            total += _conv_flops(config, kind, 1) + 4 * config.d_inner * config.d_state
+            total += _conv_flops(config, kind, 1) + 4 * config.d_inner * _state_width(config, kind)
         elif kind == "attention":
             total += 4 * (context + 1) * _attention_width(config) + _attention_conv_flops(config, 1)
     return batch * (total + 2 * config.padded_vocab_size * config.d_model)
@@ -160,7 +167,7 @@ def state_bytes(config: ModelConfig, *, batch: int = 1, context: int = 0, activa
     total = 0
     for kind in config.layer_types:
         if kind in ("mamba2", "mamba"):
-            total += 4 * config.d_inner * config.d_state
+            total += 4 * config.d_inner * _state_width(config, kind)
             total += activation_bytes * _conv_channels(config, kind) * (config.d_conv - 1)
         elif kind == "attention":
             total += 2 * activation_bytes * context * _kv_width(config)
@@ -193,7 +200,13 @@ def _mixer(config: ModelConfig, kind: str) -> nn.Module:
 
 def _ssd_sizes(config: ModelConfig, batch: int, seqlen: int) -> tuple[int, int, int, int, int, int, int]:
     chunk = config.chunk_size or DEFAULT_CHUNK_SIZE
-    return batch, seqlen, config.nheads, config.headdim, config.ngroups, config.d_state, chunk
+    heads = head_counts(config.head_pattern, config.nheads, config.ngroups)
+    ngroups, d_state = max(heads.q, heads.k), _state_width(config, "mamba2")
+    return batch, seqlen, config.nheads, config.headdim, ngroups, d_state, chunk
+
+
+def _state_width(config: ModelConfig, kind: str) -> int:
+    return feature_size(config.feature_map, config.d_state) if kind == "mamba2" else config.d_state
 
 
 def _conv_flops(config: ModelConfig, kind: str, tokens: int) -> int:
@@ -203,7 +216,8 @@ def _conv_flops(config: ModelConfig, kind: str, tokens: int) -> int:
 def _conv_channels(config: ModelConfig, kind: str) -> int:
     if kind == "mamba":
         return config.d_inner
-    return config.d_inner + 2 * config.ngroups * config.d_state
+    heads = head_counts(config.head_pattern, config.nheads, config.ngroups)
+    return heads.v * config.headdim + (heads.q + heads.k) * config.d_state
 
 
 def _attention_width(config: ModelConfig) -> int:

@@ -36,6 +36,9 @@ class ModelConfig:
         headdim: P, channels per head of Mamba-2.
         expand: d_inner / d_model.
         ngroups: groups of heads that share B and C.
+        head_pattern: which of x, B and C of Mamba-2 have a head each, such as "multi-query"; only "grouped-value" has
+            groups.
+        feature_map: what B and C of Mamba-2 pass, such as "silu+taylor"; a state may be wider than d_state then.
         d_conv: width of the causal convolution.
         dt_rank: width of the bottleneck of Δ in Mamba; None takes d_model / 16, rounded up.
         dt_limit: clamp of Δ after softplus.
@@ -90,6 +93,8 @@ class ModelConfig:
     headdim: int = 64
     expand: int = 2
     ngroups: int = 1
+    head_pattern: str = "grouped-value"
+    feature_map: str = "silu"
     d_conv: int = 4
     dt_rank: int | None = None
     dt_limit: tuple[float, float] = (0.0, math.inf)

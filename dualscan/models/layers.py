@@ -40,6 +40,8 @@ def _mamba2(config: "ModelConfig") -> Mamba2:
         headdim=config.headdim,
         expand=config.expand,
         ngroups=config.ngroups,
+        head_pattern=config.head_pattern,
+        feature_map=config.feature_map,
         d_conv=config.d_conv,
         dt_limit=config.dt_limit,
         chunk_size=config.chunk_size,

@@ -22,8 +22,8 @@ class Mamba2State(NamedTuple):
     """What a Mamba-2 layer remembers; the same size whatever came before.
 
     Attributes:
-        conv: `(batch or nseq, d_inner + 2 ngroups d_state, d_conv - 1)`, the last inputs of the convolution.
-        ssm: `(batch or nseq, nheads, headdim, d_state)`, float32; d_state is what a feature map makes of it.
+        conv: `(batch or nseq, channels, d_conv - 1)`, the last inputs of the convolution, of x, B and C.
+        ssm: `(batch or nseq, nheads, headdim, state_width)`, float32.
     """
 
     conv: Tensor
@@ -119,6 +119,7 @@ class Mamba2(Float32Parameters):
         self.heads = head_counts(head_pattern, self.nheads, ngroups)
         self.ngroups = max(self.heads.q, self.heads.k)
         self.feature_map = None if feature_map == "silu" else FeatureMap(feature_map, d_state)
+        self.state_width = d_state if self.feature_map is None else self.feature_map.size
         conv_dim = sum(self._conv_widths)
         self.in_proj = nn.Linear(d_model, d_inner + conv_dim + self.nheads, bias=bias)
         # Holds the weights (channels, 1, d_conv) under the names that published checkpoints use; the operator computes.

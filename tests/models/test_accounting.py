@@ -25,6 +25,8 @@ SIZES: dict[str, Any] = {"d_model": 32, "vocab_size": 50, "d_state": 16, "headdi
 PATTERNS = {
     "mamba2": {"pattern": "MM"},
     "groups": {"pattern": "M", "ngroups": 4, "d_conv": 3},
+    "head pattern": {"pattern": "MM", "head_pattern": "multi-query"},
+    "feature map": {"pattern": "M", "head_pattern": "multi-state", "feature_map": "silu+taylor"},
     "mamba": {"pattern": "mm"},
     "both": {"pattern": "mM", "d_conv": 3, "dt_rank": 5},
     "attention": {"pattern": "**", "n_heads": 4, "n_kv_heads": 2},
@@ -86,7 +88,7 @@ def test_forward_flops(pattern: str, seqlen: int) -> None:
     assert last < counted
 
 
-@pytest.mark.parametrize("pattern", ["mamba2", "mamba", "groups", "mlp"])
+@pytest.mark.parametrize("pattern", ["mamba2", "mamba", "groups", "head pattern", "feature map", "mlp"])
 def test_training_flops(pattern: str) -> None:
     model, batch, seqlen = model_of(pattern), 2, 16
     tokens = torch.randint(50, (batch, seqlen))

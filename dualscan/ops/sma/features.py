@@ -179,7 +179,7 @@ def stages(name: str) -> list[str]:
     Raises:
         ValueError: an unknown map, or one after cosFormer: its turning must come last to be undone in a state.
     """
-    parts = name.split("+")
+    parts = str(name).split("+")
     for part in parts:
         if part not in SIZES:
             close = difflib.get_close_matches(part, SIZES, n=1)

@@ -92,7 +92,7 @@ def pattern_name(pattern: str) -> str:
     """
     name = ALIASES.get(pattern, pattern)
     if name not in PATTERNS:
-        close = difflib.get_close_matches(pattern, [*PATTERNS, *ALIASES], n=1)
+        close = difflib.get_close_matches(str(pattern), [*PATTERNS, *ALIASES], n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown head pattern {pattern!r}; the patterns are {', '.join(PATTERNS)}.{hint}")
     return name
