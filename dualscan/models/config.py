@@ -13,13 +13,14 @@ from dualscan.models.layers import mixer
 
 _WHOLE = ("d_model", "vocab_size", "vocab_multiple", "d_state", "headdim", "expand", "ngroups", "d_conv")
 _WHOLE_OR_NONE = (
-    *("dt_rank", "chunk_size", "norm_groups", "n_heads", "n_kv_heads", "head_dim", "rotary_dim", "attention_conv"),
+    *("d_ssm", "dt_rank", "chunk_size", "norm_groups", "n_heads", "n_kv_heads", "head_dim", "rotary_dim", "attention_conv"),
     *("d_mlp", "n_experts", "experts_per_token", "d_expert", "d_shared", "router_groups", "router_groups_used"),
 )
 _POSITIVE = ("norm_eps", "embedding_std", "rope_theta")
+_NUMBERS = {"projection_scales": 5, "branch_scales": 4}
 _FACTORS = ("attention_scale", "mlp_scale", "gate_scale", "embedding_scale", "residual_scale", "logits_scale")
 
-LAYER_TYPES = {"M": "mamba2", "m": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+LAYER_TYPES = {"M": "mamba2", "m": "mamba", "*": "attention", "-": "mlp", "E": "moe", "P": "parallel"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,13 +29,14 @@ class ModelConfig:
 
     Attributes:
         d_model: width of the residual stream.
-        pattern: one letter a layer: M Mamba-2, m Mamba, * attention, - MLP, E mixture of experts. "M" * 24 is a pure
-            Mamba-2 model, "MMM*MM-" a hybrid.
+        pattern: one letter a layer: M Mamba-2, m Mamba, * attention, - MLP, E mixture of experts, P Mamba-2 and
+            attention side by side. "M" * 24 is a pure Mamba-2 model, "MMM*MM-" a hybrid.
         vocab_size: tokens of the vocabulary.
         vocab_multiple: the embedding is padded to a multiple of this many rows.
         d_state: N, state size per channel of Mamba-2 and Mamba.
         headdim: P, channels per head of Mamba-2.
         expand: d_inner / d_model.
+        d_ssm: d_inner of Mamba-2 where that is not expand * d_model.
         ngroups: groups of heads that share B and C.
         head_pattern: which of x, B and C of Mamba-2 have a head each, such as "multi-query"; only "grouped-value" has
             groups.
@@ -47,6 +49,9 @@ class ModelConfig:
         conv_bias: bias on the convolution of Mamba-2 and Mamba.
         norm_before_gate: order of norm and gate in Mamba-2.
         norm_groups: groups of channels that Mamba-2's gated norm treats separately; None takes ngroups.
+        gated_norm: False leaves the norm out of Mamba-2, and the gate in.
+        projection_scales: factors of z, x, B, C and dt in Mamba-2; None has none.
+        branch_scales: factors of a layer P: Mamba-2's input and output, attention's input and output; None has none.
         n_heads: attention heads; None takes d_model / 64, at least 1.
         n_kv_heads: key and value heads of grouped-query attention; None takes n_heads.
         head_dim: width of an attention head; None takes d_model / n_heads.
@@ -92,6 +97,7 @@ class ModelConfig:
     d_state: int = 128
     headdim: int = 64
     expand: int = 2
+    d_ssm: int | None = None
     ngroups: int = 1
     head_pattern: str = "grouped-value"
     feature_map: str = "silu"
@@ -103,6 +109,9 @@ class ModelConfig:
     conv_bias: bool = True
     norm_before_gate: bool = False
     norm_groups: int | None = None
+    gated_norm: bool = True
+    projection_scales: tuple[float, float, float, float, float] | None = None
+    branch_scales: tuple[float, float, float, float] | None = None
     n_heads: int | None = None
     n_kv_heads: int | None = None
     head_dim: int | None = None
@@ -152,6 +161,10 @@ class ModelConfig:
         pair = isinstance(self.dt_limit, tuple) and len(self.dt_limit) == 2
         if not pair or not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
             raise ValueError(f"dt_limit={self.dt_limit} must be (low, high) with 0 <= low <= high; (0.0, inf) is none.")
+        for name, count in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None and (len(value) != count or not all(map(math.isfinite, value))):
+                raise ValueError(f"{name}={value} must be {count} finite numbers, or None.")
         self._check_layers()
 
     def _check_layers(self) -> None:
@@ -182,8 +195,8 @@ class ModelConfig:
 
     @property
     def d_inner(self) -> int:
-        """Channels inside Mamba-2 and Mamba: expand * d_model."""
-        return self.expand * self.d_model
+        """Channels inside Mamba-2 and Mamba: expand * d_model, or d_ssm."""
+        return self.expand * self.d_model if self.d_ssm is None else self.d_ssm
 
     @property
     def nheads(self) -> int:
@@ -231,4 +244,7 @@ class ModelConfig:
         values = dict(values)
         if isinstance(values.get("dt_limit"), (list, tuple)):
             values["dt_limit"] = tuple(math.inf if v is None else float(v) for v in values["dt_limit"])
+        for name in _NUMBERS:
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         return cls(**values)

@@ -7,6 +7,7 @@ from torch import nn
 from dualscan.nn.attention import Attention
 from dualscan.nn.block import Block
 from dualscan.nn.hybrid.moe import MoE
+from dualscan.nn.hybrid.parallel import Parallel
 from dualscan.nn.hybrid.scaled import ScaledBlock
 from dualscan.nn.mamba import Mamba
 from dualscan.nn.mamba2 import Mamba2
@@ -39,6 +40,7 @@ def _mamba2(config: "ModelConfig") -> Mamba2:
         d_state=config.d_state,
         headdim=config.headdim,
         expand=config.expand,
+        d_inner=config.d_ssm,
         ngroups=config.ngroups,
         head_pattern=config.head_pattern,
         feature_map=config.feature_map,
@@ -48,6 +50,8 @@ def _mamba2(config: "ModelConfig") -> Mamba2:
         norm_eps=config.norm_eps,
         norm_before_gate=config.norm_before_gate,
         norm_groups=config.norm_groups,
+        gated_norm=config.gated_norm,
+        projection_scales=config.projection_scales,
         bias=config.mamba_bias,
         conv_bias=config.conv_bias,
     )
@@ -109,4 +113,13 @@ def _moe(config: "ModelConfig") -> MoE:
     )
 
 
-_MIXERS = {"mamba2": _mamba2, "mamba": _mamba, "attention": _attention, "mlp": _mlp, "moe": _moe}
+def _parallel(config: "ModelConfig") -> Parallel:
+    mamba_in, mamba_out, attention_in, attention_out = config.branch_scales or (1.0,) * 4
+    return Parallel(
+        [_mamba2(config), _attention(config)],
+        in_scales=(mamba_in, attention_in),
+        out_scales=(mamba_out, attention_out),
+    )
+
+
+_MIXERS = {"mamba2": _mamba2, "mamba": _mamba, "attention": _attention, "mlp": _mlp, "moe": _moe, "parallel": _parallel}

@@ -66,8 +66,9 @@ class MambaLM(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for layer in self.layers:
-            init.scale_residual_projection(layer.get_parameter("mixer.out_proj.weight"), self.config.n_layers)
+        for name, parameter in self.layers.named_parameters():
+            if name.endswith("out_proj.weight"):
+                init.scale_residual_projection(parameter, self.config.n_layers)
 
     def forward(
         self,

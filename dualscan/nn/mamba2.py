@@ -1,6 +1,7 @@
 """The Mamba-2 block (section 7 of arXiv 2405.21060): parallel projections, short convolution, SSD, gated norm."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,8 +58,9 @@ class Mamba2(Float32Parameters):
     Args:
         d_model: width of the residual stream.
         d_state: N, size of the state per channel.
-        headdim: P, channels per head; must divide `expand * d_model`.
+        headdim: P, channels per head; must divide d_inner.
         expand: d_inner / d_model.
+        d_inner: channels inside the layer; None takes `expand * d_model`.
         ngroups: groups of heads that share B and C; must divide nheads.
         head_pattern: which of x, B and C have a head each and which share one, as in `dualscan.ops.sma.heads`; others
             than "grouped-value" have no groups.
@@ -69,8 +71,10 @@ class Mamba2(Float32Parameters):
         norm_eps: epsilon of the gated norm.
         norm_before_gate: normalises before gating instead of after.
         norm_groups: groups of channels that are normalised separately; None takes `ngroups`.
+        gated_norm: False gates with SiLU(z) and normalises nothing.
         bias: bias on in_proj and out_proj.
         conv_bias: bias on the convolution.
+        projection_scales: factors of what in_proj gives for z, x, B, C and dt; None has none.
         impl: implementation of SSD over sequences, as in `ssd`; an attribute that may be changed later.
 
     Raises:
@@ -94,6 +98,7 @@ class Mamba2(Float32Parameters):
         d_state: int = 128,
         headdim: int = 64,
         expand: int = 2,
+        d_inner: int | None = None,
         ngroups: int = 1,
         head_pattern: str = "grouped-value",
         feature_map: str = "silu",
@@ -103,13 +108,23 @@ class Mamba2(Float32Parameters):
         norm_eps: float = 1e-5,
         norm_before_gate: bool = False,
         norm_groups: int | None = None,
+        gated_norm: bool = True,
         bias: bool = False,
         conv_bias: bool = True,
+        projection_scales: Sequence[float] | None = None,
         impl: str = "auto",
     ):
         super().__init__()
-        d_inner = expand * d_model
-        check_sizes(d_model=d_model, expand=expand, headdim=headdim, ngroups=ngroups, d_state=d_state, d_conv=d_conv)
+        check_sizes(
+            d_model=d_model,
+            expand=expand,
+            d_inner=d_inner,
+            headdim=headdim,
+            ngroups=ngroups,
+            d_state=d_state,
+            d_conv=d_conv,
+        )
+        d_inner = expand * d_model if d_inner is None else d_inner
         norm_groups = ngroups if norm_groups is None else norm_groups
         if norm_groups < 1 or d_inner % norm_groups:
             raise ValueError(f"norm_groups={norm_groups} does not divide d_inner={d_inner}; use 1 or another divisor.")
@@ -127,9 +142,14 @@ class Mamba2(Float32Parameters):
         self.A_log = nn.Parameter(init.decay_rates(self.nheads))
         self.dt_bias = nn.Parameter(init.step_size_bias(self.nheads))
         self.D = nn.Parameter(torch.ones(self.nheads))
-        self.norm = GatedRMSNorm(
-            d_inner, group_size=d_inner // norm_groups, eps=norm_eps, norm_before_gate=norm_before_gate
-        )
+        self.norm = None
+        if gated_norm:
+            self.norm = GatedRMSNorm(
+                d_inner, group_size=d_inner // norm_groups, eps=norm_eps, norm_before_gate=norm_before_gate
+            )
+        if projection_scales is not None and len(projection_scales) != 5:
+            raise ValueError(f"projection_scales={projection_scales} must be five factors, of z, x, B, C and dt.")
+        self.projection_scales = None if projection_scales is None else tuple(projection_scales)
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
     def forward(
@@ -156,6 +176,8 @@ class Mamba2(Float32Parameters):
             y, *after = mamba2_step(self, u, *state)
             return y, Mamba2State(*after)
         zxbcdt = apply_linear(self.in_proj, u)
+        if self.projection_scales is not None:
+            zxbcdt = zxbcdt * self._scales(zxbcdt)
         z, xBC, dt = zxbcdt.split([self.d_inner, self.conv1d.in_channels, self.nheads], dim=-1)
         xBC, conv_state = causal_conv1d(
             xBC,
@@ -166,7 +188,8 @@ class Mamba2(Float32Parameters):
             cu_seqlens=cu_seqlens,
         )
         y, ssm_state = self._mix(xBC, dt, None if state is None else state.ssm, cu_seqlens)
-        y = apply_linear(self.out_proj, self.norm(y, z))
+        y = y * F.silu(z) if self.norm is None else self.norm(y, z)
+        y = apply_linear(self.out_proj, y)
         return y, Mamba2State(conv_state, ssm_state)
 
     @property
@@ -176,8 +199,19 @@ class Mamba2(Float32Parameters):
 
     @property
     def plain(self) -> bool:
-        """Whether this is the standard layer, x with all heads and SiLU on B and C, which is what kernels compute."""
+        """Whether this is the standard layer of section 7, which is what the kernels of a decoding step compute."""
+        return self._standard_heads and self.norm is not None and self.projection_scales is None
+
+    @property
+    def _standard_heads(self) -> bool:
+        """Whether x has all heads, B and C have groups, and SiLU is applied to all."""
         return self.feature_map is None and self.heads == (self.ngroups, self.ngroups, self.nheads)
+
+    def _scales(self, like: Tensor) -> Tensor:
+        """The factor of each of in_proj's outputs."""
+        assert self.projection_scales is not None
+        widths = self.d_inner, *self._conv_widths, self.nheads
+        return torch.cat([like.new_full((n,), scale) for n, scale in zip(widths, self.projection_scales, strict=True)])
 
     @property
     def _conv_widths(self) -> tuple[int, int, int]:
@@ -189,7 +223,7 @@ class Mamba2(Float32Parameters):
         x, B, C = xBC.split(self._conv_widths, dim=-1)
         x = x.unflatten(-1, (self.heads.v, self.headdim))
         B, C = B.unflatten(-1, (self.heads.k, self.d_state)), C.unflatten(-1, (self.heads.q, self.d_state))
-        if self.plain:
+        if self._standard_heads:
             return x, B, C
         if self.feature_map is not None:
             x = F.silu(x)
@@ -239,7 +273,9 @@ def needs_operators(u: Tensor) -> bool:
     return torch.is_grad_enabled() or torch.is_autocast_enabled(u.device.type)
 
 
-def check_sizes(*, d_model: int, expand: int, headdim: int, ngroups: int, d_state: int, d_conv: int) -> None:
+def check_sizes(
+    *, d_model: int, expand: int, headdim: int, ngroups: int, d_state: int, d_conv: int, d_inner: int | None = None
+) -> None:
     """Checks that headdim divides d_inner, that ngroups divides the heads, and the range of the others.
 
     Raises:
@@ -249,10 +285,13 @@ def check_sizes(*, d_model: int, expand: int, headdim: int, ngroups: int, d_stat
         raise ValueError(f"d_state={d_state} must be at least 1.")
     if not 1 <= d_conv <= MAX_WIDTH:
         raise ValueError(f"d_conv={d_conv}; the causal convolution is 1 to {MAX_WIDTH} tokens wide.")
-    d_inner = expand * d_model
+    origin = f" (= expand {expand} x d_model {d_model})" if d_inner is None else ""
+    d_inner = expand * d_model if d_inner is None else d_inner
+    if d_inner < 1:
+        raise ValueError(f"d_inner={d_inner} must be at least 1.")
     if headdim < 1 or d_inner % headdim:
         raise ValueError(
-            f"headdim={headdim} does not divide d_inner={d_inner} (= expand {expand} x d_model {d_model}); "
+            f"headdim={headdim} does not divide d_inner={d_inner}{origin}; "
             f"use a divisor such as {math.gcd(d_inner, 64)}."
         )
     nheads = d_inner // headdim
