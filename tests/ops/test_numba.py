@@ -9,7 +9,7 @@ import torch
 from numba.core import caching
 
 from dualscan.ops import _numba
-from dualscan.ops._numba import launch, product, segments, vector
+from dualscan.ops._numba import lanes, launch, product, segments, vector
 from dualscan.ops._numba.vector import Kernel, load, share, store
 from dualscan.ops.conv1d import causal_conv1d
 from tests.strategies import packed
@@ -48,8 +48,24 @@ def _multiply(p):
     product.multiply(c, p[6], a, p[8], p[9], b, p[6], p[5], p[6], p[7], p[10])
 
 
+def _vectors(p):
+    source, target = vector.float32(p[2]), vector.float32(p[3])
+    a, b = lanes.read(source, 0), lanes.spread(source[1])
+    lanes.write(target, 0, lanes.exp(lanes.times_plus(a, b, lanes.times(a, a))))
+    target[lanes.LANES] = lanes.total(a)
+
+
+VECTORS = Kernel(_vectors)
 EXPONENTIAL, ROUND_TRIP, WIDEN = Kernel(_exponential), Kernel(_round_trip), Kernel(_widen)
 WORKER_NUMBERS, MULTIPLY = Kernel(_worker_numbers), Kernel(_multiply)
+
+
+def test_vectors_as_values():
+    x, y = torch.linspace(-3, 2, lanes.LANES), torch.empty(lanes.LANES + 1)
+    VECTORS(x, y, workers=1)
+    expected = (x.double() * x[1].double() + x.double().square()).exp()
+    assert torch.allclose(y[:-1].double(), expected, rtol=1e-6)
+    assert torch.allclose(y[-1], x.sum())
 
 
 def test_exp_is_right_to_the_last_places():

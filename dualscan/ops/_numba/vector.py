@@ -169,32 +169,45 @@ _LARGEST, _SMALLEST = 88.0, -87.3
 _ROUNDER = 1.5 * 2**23
 
 
+def build_exp(builder: Any, x: Any, lanes: int) -> Any:
+    """The instructions of `exp` for a float32, or for a vector of so many."""
+    kind = FLOAT if lanes == 1 else ir.VectorType(FLOAT, lanes)
+    whole = INT if lanes == 1 else ir.VectorType(INT, lanes)
+    name = "llvm.fma.f32" if lanes == 1 else f"llvm.fma.v{lanes}f32"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+
+    def constant(value: float) -> ir.Constant:
+        value = float(np.float32(value))
+        return ir.Constant(kind, value if lanes == 1 else [value] * lanes)
+
+    def integer(value: int) -> ir.Constant:
+        return ir.Constant(whole, value if lanes == 1 else [value] * lanes)
+
+    def fma(a: Any, b: Any, c: Any) -> Any:
+        return builder.call(function, (a, b, c))
+
+    value = x
+    for comparison, bound in (("<", _SMALLEST), (">", _LARGEST)):
+        outside = builder.fcmp_ordered(comparison, value, constant(bound))
+        value = builder.select(outside, constant(bound), value)
+    shifted = fma(value, constant(_LOG2_E), constant(_ROUNDER))
+    n = builder.fsub(shifted, constant(_ROUNDER))
+    r = fma(n, constant(_LN2_LOW * -1), fma(n, constant(-_LN2_HIGH), value))
+    p = constant(_COEFFICIENTS[0])
+    for coefficient in _COEFFICIENTS[1:]:
+        p = fma(p, r, constant(coefficient))
+    p = fma(builder.fmul(p, r), r, builder.fadd(r, constant(1.0)))
+    exponent = builder.shl(builder.add(builder.bitcast(shifted, whole), integer(127)), integer(23))
+    result = builder.fmul(p, builder.bitcast(exponent, kind))
+    return builder.select(builder.fcmp_ordered(">", x, constant(_LARGEST)), constant(float("inf")), result)
+
+
 @intrinsic
 def exp(_typing, _x):
     """exp of a float32 to about 1 unit in the last place; inf above 88, at least 1.2e-38 (never subnormal)."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        def constant(value: float) -> ir.Constant:
-            return ir.Constant(FLOAT, float(np.float32(value)))
-
-        def fma(a: Any, b: Any, c: Any) -> Any:
-            kind = ir.FunctionType(FLOAT, [FLOAT] * 3)
-            return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.f32"), (a, b, c))
-
-        value = x = args[0]
-        for comparison, bound in (("<", _SMALLEST), (">", _LARGEST)):
-            outside = builder.fcmp_ordered(comparison, value, constant(bound))
-            value = builder.select(outside, constant(bound), value)
-        shifted = fma(value, constant(_LOG2_E), constant(_ROUNDER))
-        n = builder.fsub(shifted, constant(_ROUNDER))
-        r = fma(n, constant(_LN2_LOW * -1), fma(n, constant(-_LN2_HIGH), value))
-        p = constant(_COEFFICIENTS[0])
-        for coefficient in _COEFFICIENTS[1:]:
-            p = fma(p, r, constant(coefficient))
-        p = fma(builder.fmul(p, r), r, builder.fadd(r, constant(1.0)))
-        exponent = builder.shl(builder.add(builder.bitcast(shifted, INT), INT(127)), INT(23))
-        result = builder.fmul(p, builder.bitcast(exponent, FLOAT))
-        return builder.select(builder.fcmp_ordered(">", x, constant(_LARGEST)), constant(float("inf")), result)
+        return build_exp(builder, args[0], 1)
 
     return types.float32(types.float32), generate
 

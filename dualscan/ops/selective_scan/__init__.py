@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dualscan.ops import _dispatch
+from dualscan.ops import _dispatch, _numba
 from dualscan.ops.selective_scan import library, reference, validate
 from dualscan.ops.ssd.blocks import without_autocast
 
@@ -17,8 +17,8 @@ __all__ = ["SelectiveScanOutput", "selective_scan", "selective_scan_step"]
 OPERATOR = _dispatch.register(
     _dispatch.Operator(
         name="selective_scan",
-        impls=dict.fromkeys(("chunked", "recurrent"), _dispatch.anywhere),
-        preference=("chunked",),
+        impls={"numba": _numba.obstacle, **dict.fromkeys(("chunked", "recurrent"), _dispatch.anywhere)},
+        preference=("numba", "chunked"),
     )
 )
 STEP_OPERATOR = _dispatch.register(
@@ -73,7 +73,8 @@ def selective_scan(
         dt_softplus: applies softplus after the bias.
         initial_states: `(batch or nseq, channels, d_state)` float32, the state before the first token; None is zero.
         cu_seqlens: `(nseq + 1,)` int32 boundaries of sequences packed along time; batch must be 1.
-        impl: "auto", "chunked" (blocks of time, portable) or "recurrent" (the oracle, twice differentiable).
+        impl: "auto", "numba" (kernels for CPUs; float32 and bfloat16), "chunked" (blocks of time, portable) or
+            "recurrent" (the oracle, twice differentiable).
 
     Returns:
         `SelectiveScanOutput(y, final_states)`: y like x; one float32 state a sequence, after its last token.
@@ -101,10 +102,19 @@ def selective_scan(
     validate.dimensions(op, "x", x, {"batch": None, "seqlen": None, "channels": None})
     B, C = (validate.with_groups(op, name, t, 2) for name, t in (("B", B), ("C", C)))
     validate.sequence(op, x, dt, A, B, C, {"D": D, "z": z, "dt_bias": dt_bias}, initial_states, cu_seqlens)
-    form = _dispatch.choose(OPERATOR, impl, x.device)
+    form = _form(impl, x)
     run = library.forms.get(form, reference.recurrent)
     with without_autocast(x.device):
         return SelectiveScanOutput(*run(x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, dt_softplus))
+
+
+def _form(impl: str, x: Tensor) -> str:
+    """The implementation that runs; `auto` leaves kernels that do not compute x's dtype."""
+    form = _dispatch.choose(OPERATOR, impl, x.device)
+    reason = _numba.unsupported(x.dtype) if form == "numba" else None
+    if reason is not None and impl == form:
+        raise ValueError(f"selective_scan: impl={impl!r} cannot run on these inputs: {reason}; use impl='auto'.")
+    return form if reason is None else "chunked"
 
 
 def selective_scan_step(

@@ -24,11 +24,26 @@ _INPUTS = (
 )
 _GRADIENTS = ", ".join(f"Tensor d{name}" for name in DIFFERENTIABLE)
 _LIB = torch.library.Library("dualscan", "FRAGMENT")
-_NAMES = {"chunked": "selective_scan"}
+_NAMES = {"chunked": "selective_scan", "numba": "selective_scan_numba"}
 for _name in _NAMES.values():
     _LIB.define(f"{_name}_fwd({_INPUTS}) -> (Tensor y, Tensor final_states)")
     _LIB.define(f"{_name}_bwd(Tensor? dy, Tensor? dfinal_states, {_INPUTS}) -> ({_GRADIENTS})")
 
+
+def _numba_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from dualscan.ops.selective_scan import numba_scan
+
+    return numba_scan.forward(*inputs)
+
+
+def _numba_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    from dualscan.ops.selective_scan import numba_scan
+
+    return numba_scan.backward(*inputs)
+
+
+_LIB.impl("selective_scan_numba_fwd", _numba_forward, "CPU")
+_LIB.impl("selective_scan_numba_bwd", _numba_backward, "CPU")
 for _key in ("CPU", "CUDA"):
     _LIB.impl("selective_scan_fwd", chunked.forward, _key)
     _LIB.impl("selective_scan_bwd", chunked.backward, _key)

@@ -15,6 +15,10 @@ from tests.strategies import evaluate, packed
 
 FORMS = {
     "chunked": (torch.ops.dualscan.selective_scan_fwd.default, torch.ops.dualscan.selective_scan_bwd.default),
+    "numba": (
+        torch.ops.dualscan.selective_scan_numba_fwd.default,
+        torch.ops.dualscan.selective_scan_numba_bwd.default,
+    ),
 }
 
 

@@ -13,8 +13,11 @@ from tests.strategies import Problem, assert_matches, evaluate, pack_lengths
 
 quick = settings(max_examples=15, deadline=None, derandomize=True)
 
-FORMS = ["chunked"]
-DTYPES = {"chunked": [torch.float64, torch.float32, torch.bfloat16, torch.float16]}
+DTYPES = {
+    "chunked": [torch.float64, torch.float32, torch.bfloat16, torch.float16],
+    "numba": [torch.float32, torch.bfloat16],
+}
+FORMS = list(DTYPES)
 COMPUTED = [(form, dtype) for form in FORMS for dtype in DTYPES[form]]
 
 
