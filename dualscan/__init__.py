@@ -11,6 +11,7 @@ _PUBLIC = {
     "ssd": "dualscan.ops.ssd",
     "ssd_step": "dualscan.ops.ssd",
     "linear_attention": "dualscan.ops.ssd",
+    "sma": "dualscan.ops.sma",
     "SelectiveScanOutput": "dualscan.ops.selective_scan",
     "selective_scan": "dualscan.ops.selective_scan",
     "selective_scan_step": "dualscan.ops.selective_scan",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from dualscan.ops.loss import linear_cross_entropy
     from dualscan.ops.norm import gated_rms_norm, rms_norm
     from dualscan.ops.selective_scan import SelectiveScanOutput, selective_scan, selective_scan_step
+    from dualscan.ops.sma import sma
     from dualscan.ops.ssd import SSDOutput, linear_attention, ssd, ssd_step
 
 

@@ -51,6 +51,7 @@ def published(block: Mamba2, u: Tensor) -> Tensor:
     x, B, C = (t.repeat_interleave(h // t.shape[2], dim=2) for t in (x, B, C))
     y = ssd(x, F.softplus(dt + block.dt_bias), -block.A_log.exp(), B, C, D=block.D, impl="recurrent").y
     gated = y.flatten(-2) * F.silu(z)
+    assert block.norm is not None
     groups = e // (block.norm.group_size or e)
     gated = gated.unflatten(-1, (groups, -1))
     normed = (gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2)
