@@ -11,10 +11,14 @@ from typing import Any
 
 from dualscan.models.families.family import Family
 
-# Name -> where it is defined, as `FAMILY`.
+# Name -> the module that defines it and the name there.
 _MODULES = {
-    "mamba2": "hf_mamba2",
-    "mamba_ssm": "mamba_ssm",
+    "mamba_ssm": ("mamba_ssm", "MAMBA_SSM"),
+    "mamba2": ("hf.mamba", "MAMBA2"),
+    "bamba": ("hf.bamba", "BAMBA"),
+    "nemotron_h": ("hf.nemotron_h", "NEMOTRON_H"),
+    "granitemoehybrid": ("hf.granite", "GRANITE"),
+    "falcon_h1": ("hf.falcon_h1", "FALCON_H1"),
 }
 NAMES = tuple(_MODULES)
 
@@ -41,7 +45,8 @@ def family(name: str) -> Family:
         close = difflib.get_close_matches(name, _MODULES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown family {name!r}; the families are {', '.join(NAMES)}.{hint}")
-    return import_module(f"dualscan.models.families.{_MODULES[name]}").FAMILY
+    module, attribute = _MODULES[name]
+    return getattr(import_module(f"dualscan.models.families.{module}"), attribute)
 
 
 def find(values: Mapping[str, Any], where: str) -> Family:

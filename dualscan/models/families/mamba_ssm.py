@@ -146,7 +146,7 @@ def _layout(config: ModelConfig) -> Layout:
     return Layout(names=names, joined=joined)
 
 
-FAMILY = Family(
+MAMBA_SSM = Family(
     name="mamba_ssm",
     checkpoints="state-spaces/mamba2-2.7b, state-spaces/mamba2attn-2.7b",
     config=_config,

@@ -7,9 +7,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import dualscan
-from dualscan.models.lm import MambaLM
-
 VOCABULARY = 67  # odd: nothing may be padded unless the family says so
 
 
@@ -32,6 +29,26 @@ _MAMBA2 = {
     "vocab_size": VOCABULARY,
 }
 
+# Families whose layers are a mixer and an MLP.
+_LAYERS = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "intermediate_size": 36,
+    "mamba_n_heads": 6,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "vocab_size": VOCABULARY,
+}
+_GRANITE = {
+    "shared_intermediate_size": 20,
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 3.0,
+}
+
 _CASES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     # family -> configuration class, settings, name of a case -> what it changes
     "mamba2": (
@@ -41,6 +58,97 @@ _CASES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
             "one group": {"n_groups": 1, "tie_word_embeddings": True},
             "groups, biases": {"n_groups": 3, "use_bias": True},
             "clamp, no bias": {"n_groups": 2, "use_conv_bias": False, "time_step_limit": (0.02, 0.08)},
+        },
+    ),
+    "bamba": (
+        "BambaConfig",
+        {**_LAYERS, "attn_layer_indices": [1]},
+        {
+            "one group": {"mamba_n_groups": 1},
+            "groups, tied": {"mamba_n_groups": 3, "tie_word_embeddings": True, "mamba_conv_bias": False},
+            "biases": {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "num_key_value_heads": 3},
+        },
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        {
+            "hidden_size": 20,
+            "hybrid_override_pattern": "M-M*-E",
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "chunk_size": 8,
+            "intermediate_size": 36,
+            "vocab_size": VOCABULARY,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "moe_shared_expert_intermediate_size": 28,
+        },
+        {
+            "one group": {"n_groups": 1},
+            "groups, biases": {"n_groups": 3, "use_bias": True, "mlp_bias": True, "use_conv_bias": False},
+            "expert groups": {
+                "n_groups": 2,
+                "n_group": 3,
+                "topk_group": 2,
+                "norm_topk_prob": False,
+                "routed_scaling_factor": 2.5,
+                "time_step_min": 0.05,
+            },
+        },
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {**_LAYERS, "layer_types": ["linear_attention", "full_attention", "linear_attention"], **_GRANITE},
+        {
+            "experts": {"num_local_experts": 4, "num_experts_per_tok": 2},
+            "dense, tied": {"num_local_experts": 0, "tie_word_embeddings": True, "mamba_n_groups": 3},
+            "rotary, biases": {
+                "num_local_experts": 3,
+                "num_experts_per_tok": 1,
+                "position_embedding_type": "rope",
+                "attention_bias": True,
+                "mamba_proj_bias": True,
+                "mamba_n_groups": 2,
+            },
+        },
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        {**_LAYERS, "mamba_d_ssm": 48},
+        {
+            "plain": {},
+            "factors, groups": {
+                "mamba_n_groups": 3,
+                "mamba_rms_norm": True,
+                "mamba_norm_before_gate": False,
+                "embedding_multiplier": 2.5,
+                "lm_head_multiplier": 0.3,
+                "mlp_multipliers": [0.8, 0.6],
+                "key_multiplier": 0.4,
+                "attention_in_multiplier": 0.9,
+                "attention_out_multiplier": 0.7,
+                "ssm_multipliers": [0.9, 0.8, 1.1, 0.7, 0.6],
+                "ssm_in_multiplier": 1.2,
+                "ssm_out_multiplier": 0.5,
+            },
+            "biases, tied": {
+                "mamba_d_ssm": 60,
+                "mamba_n_heads": 4,
+                "mamba_rms_norm": True,
+                "mamba_n_groups": 2,
+                "attention_bias": True,
+                "mlp_bias": True,
+                "mamba_proj_bias": True,
+                "projectors_bias": True,
+                "tie_word_embeddings": True,
+                "ssm_in_multiplier": 0.7,
+                "attention_in_multiplier": 1.3,
+            },
         },
     ),
 }
@@ -73,11 +181,6 @@ def saved(case: Case, folder: Path, **options: Any) -> nn.Module:
     model = make(case)
     model.save_pretrained(folder, **options)
     return model
-
-
-def load(case: Case, folder: Path) -> tuple[nn.Module, MambaLM]:
-    """Theirs, and ours from their folder."""
-    return saved(case, folder), dualscan.load(folder)
 
 
 def tokens(batch: int, seqlen: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Mamba-2 as transformers stores it: `model_type` "mamba2", among them Mamba-Codestral."""
+"""Mamba-2 and Mamba as transformers stores them: `model_type` "mamba2", among them Mamba-Codestral, and "mamba"."""
 
 from typing import Any
 
@@ -67,7 +67,7 @@ def _layout(config: ModelConfig) -> Layout:
     )
 
 
-FAMILY = Family(
+MAMBA2 = Family(
     name="mamba2",
     checkpoints="mistralai/Mamba-Codestral-7B-v0.1",
     config=_config,

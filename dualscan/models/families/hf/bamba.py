@@ -1,0 +1,40 @@
+"""IBM's Bamba as transformers stores it: Mamba-2 or attention with half-rotated heads, each followed by a SwiGLU."""
+
+from dualscan.models.config import ModelConfig
+from dualscan.models.families.family import Family
+from dualscan.models.families.hf import blocks
+from dualscan.models.families.layout import Layout
+from dualscan.models.families.settings import Settings
+
+
+def _config(settings: Settings) -> ModelConfig:
+    attended = set(settings("attn_layer_indices", None) or ())
+    layers = settings("num_hidden_layers")
+    if not attended <= set(range(layers)):
+        raise ValueError(
+            f"the bamba configuration has attn_layer_indices={sorted(attended)} but num_hidden_layers={layers}."
+        )
+    return ModelConfig(
+        pattern="".join("*-" if i in attended else "M-" for i in range(layers)),
+        d_mlp=settings("intermediate_size"),
+        mlp_bias=settings("mlp_bias", False),
+        **blocks.whole(settings),
+        **blocks.mamba2(settings),
+        **blocks.attention(settings),
+        **blocks.rotary(settings, share=0.5),
+    )
+
+
+def _layout(config: ModelConfig) -> Layout:
+    mixers = ["self_attn" if letter == "*" else "mamba" for letter in config.pattern[::2]]
+    norms = "input_layernorm", "pre_ff_layernorm"
+    return blocks.pairs(mixers, mlp="feed_forward", norms=norms, final="final_layernorm")
+
+
+BAMBA = Family(
+    name="bamba",
+    checkpoints="ibm-ai-platform/Bamba-9B-v2",
+    config=_config,
+    layout=_layout,
+    differences="transformers' cached steps leave out the clamp of time_step_limit.",
+)

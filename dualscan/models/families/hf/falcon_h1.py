@@ -1,0 +1,62 @@
+"""TII's Falcon-H1 as transformers stores it: Mamba-2 and attention side by side, then a SwiGLU, with many factors."""
+
+from dualscan.models.config import ModelConfig
+from dualscan.models.families.family import Family
+from dualscan.models.families.hf import blocks
+from dualscan.models.families.layout import Layout
+from dualscan.models.families.settings import Settings
+
+
+def _config(settings: Settings) -> ModelConfig:
+    bias = settings("mamba_proj_bias", False)
+    settings.only("projectors_bias", bias, default=False, lacks="a bias on one of Mamba-2's two projections alone")
+    attention, width = blocks.attention(settings), settings("hidden_size")
+    gate, mlp = settings("mlp_multipliers", None) or (1.0, 1.0)
+    return ModelConfig(
+        pattern="P-" * settings("num_hidden_layers"),
+        d_ssm=settings("mamba_d_ssm", None) or settings("mamba_expand", 2) * width,
+        gated_norm=settings("mamba_rms_norm", False),
+        norm_before_gate=settings("mamba_norm_before_gate", True),
+        **blocks.whole(settings),
+        **blocks.mamba2(settings),
+        **attention,
+        **blocks.rotary(settings),
+        # Keys times a constant are scores times a constant.
+        attention_scale=settings("key_multiplier", 1.0) * attention["head_dim"] ** -0.5,
+        projection_scales=tuple(settings("ssm_multipliers", None) or (1.0,) * 5),
+        branch_scales=(
+            settings("ssm_in_multiplier", 1.0),
+            settings("ssm_out_multiplier", 1.0),
+            settings("attention_in_multiplier", 1.0),
+            settings("attention_out_multiplier", 1.0),
+        ),
+        d_mlp=settings("intermediate_size"),
+        mlp_bias=settings("mlp_bias", False),
+        gate_scale=gate,
+        mlp_scale=mlp,
+        embedding_scale=settings("embedding_multiplier", 1.0),
+        logits_scale=settings("lm_head_multiplier", 1.0),
+    )
+
+
+def _layout(config: ModelConfig) -> Layout:
+    layers = config.n_layers // 2
+    norms = "input_layernorm", "pre_ff_layernorm"
+    layout = blocks.pairs(["mamba"] * layers, mlp="feed_forward", norms=norms, final="final_layernorm")
+    names = dict(layout.names)
+    for i in range(layers):
+        there, branches = f"model.layers.{i}", f"layers.{2 * i}.mixer.mixers"
+        names |= {
+            f"{branches}.0": f"{there}.mamba",
+            f"{branches}.1": f"{there}.self_attn",
+            f"{branches}.1.out_proj": f"{there}.self_attn.o_proj",
+        }
+    return Layout(names=names)
+
+
+FALCON_H1 = Family(
+    name="falcon_h1",
+    checkpoints="tiiuae/Falcon-H1-0.5B-Base to Falcon-H1-34B-Base",
+    config=_config,
+    layout=_layout,
+)
