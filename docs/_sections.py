@@ -19,8 +19,9 @@ LAYERS = {
     "train": "Training",
     "semiseparable": "Semiseparable matrices",
 }
-# Of an operator's folder, beside the public functions: its mathematics. The rest is how it is computed.
-SPECIFICATION = "reference"
+# Of an operator's folder, beside the public functions: its mathematics, and what goes into structured masked attention.
+# The rest is how it is computed.
+FOR_USERS = {"reference", "features", "heads", "masks", "neighbours"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -42,7 +43,7 @@ def public_module(path: Path) -> str | None:
     if parts[-1] == "__init__":
         parts = parts[:-1]
     inside_operator = parts[1] == "ops" and len(parts) == 4
-    if parts[-1].startswith("_") or (inside_operator and parts[-1] != SPECIFICATION):
+    if parts[-1].startswith("_") or (inside_operator and parts[-1] not in FOR_USERS):
         return None
     body = ast.parse(path.read_text(encoding="utf-8")).body
     defined = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
