@@ -7,12 +7,14 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.house.tree import PACKAGE, ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # Pages for users, whose Python runs as it stands.
 USER_PAGES = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "tutorials").rglob("*.md"))]
+USER_PAGES.append(ROOT / "docs" / "explanations" / "duality.md")
 PROGRAMS = [page for page in USER_PAGES if "```python\n" in page.read_text(encoding="utf-8")]
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 STATUS = "proposed|accepted|rejected|superseded by [0-9]{3}"
@@ -40,7 +42,11 @@ def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     """The blocks of a page are one program, in order; an `assert` in it is a test."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": page.stem})
+    dtype = torch.get_default_dtype()
+    try:
+        exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": page.stem})
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def test_decisions_are_numbered_without_gaps():
