@@ -1,7 +1,7 @@
 """An `Inspection` as one HTML file that needs nothing else: no network, no library, no font.
 
-Matrices are quantised to 8 bits on a square-root scale, cut to their causal half, deflated and written in base64. The
-page's content security policy lets a browser fetch nothing.
+Matrices are quantised to 8 bits on a square-root scale, row by row, cut to their causal half, deflated and written in
+base64. The page's content security policy lets a browser fetch nothing.
 """
 
 import base64
@@ -22,8 +22,8 @@ from dualscan.data.tokenizer import Tokenizer
 from dualscan.inspect.report import VIEWS, Inspection, LayerReport
 
 _PRECISION = (
-    "An entry is stored in 8 bits: its sign, and the square root of its size over the largest one of the matrix in 127 "
-    "steps, which is the scale of the colours too. It is off by at most 0.8 % of the largest entry."
+    "An entry is stored in 8 bits: its sign, and the square root of its size over the largest one of its row in 127 "
+    "steps. It is off by at most 0.8 % of that. The colours have a square-root scale too."
 )
 
 
@@ -119,34 +119,37 @@ def token_labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return [label(int(token)) for token in ids]
 
 
-def pack(groups: Sequence[Tensor]) -> dict[str, Any]:
-    """Causal matrices in the page's form: codes of every matrix in turn, and the entry that code 127 stands for.
+def pack(groups: Sequence[Tensor]) -> dict[str, str]:
+    """Causal matrices in the page's form: codes of every matrix in turn, and for every row what code 127 stands for.
 
     Args:
         groups: tensors `(matrices, cells, cells)`, each of its own number of cells.
 
     Returns:
-        `{"codes": base64 of deflated int8 triangles, row by row, "scales": [...]}`.
+        `codes`, int8 triangles row by row, and `scales`, float32 (little-endian), both deflated and in base64.
     """
     triangles, scales = [], []
     for matrices in groups:
-        largest = matrices.abs().amax((-2, -1))
-        codes = matrices.abs().div(largest.clamp(min=torch.finfo(matrices.dtype).tiny)[:, None, None]).sqrt_()
+        largest = matrices.abs().amax(-1, keepdim=True)
+        codes = matrices.abs().div_(largest.clamp(min=torch.finfo(matrices.dtype).tiny)).sqrt_()
         codes = codes.mul_(127).round_().mul_(matrices.sign()).to(torch.int8)
         rows, columns = torch.tril_indices(*codes.shape[-2:])
         triangles.append(codes[:, rows, columns].reshape(-1).cpu().numpy())
-        scales += _numbers(largest)
+        scales.append(largest.reshape(-1).cpu().numpy().astype("<f4"))
+    return {"codes": _deflated(np.concatenate(triangles)), "scales": _deflated(np.concatenate(scales))}
+
+
+def _deflated(values: np.ndarray) -> str:
     # A higher level takes four times as long for 2 % less.
-    deflated = zlib.compress(np.concatenate(triangles).tobytes(), level=6)
-    return {"codes": base64.b64encode(deflated).decode(), "scales": scales}
+    return base64.b64encode(zlib.compress(values.tobytes(), level=6)).decode()
 
 
 def _layer(layer: LayerReport) -> dict[str, Any]:
     return {
         "index": layer.index,
         "kind": layer.kind,
-        "heads": layer.context.shape[0],
-        "context": _numbers(layer.context),
+        "heads": layer.maps[VIEWS[0]].shape[0],
+        "context": {view: _numbers(values) for view, values in layer.context.items()},
         "halfLives": None if layer.half_lives is None else [_numbers(q) for q in layer.half_lives],
         "maps": {view: pack([layer.mean[view][None], layer.maps[view]]) for view in VIEWS},
     }

@@ -31,8 +31,7 @@ class LayerReport:
         kind: "mamba2", "attention", ...
         maps: view -> `(heads, cells, cells)`, the matrices of the heads, a block of tokens a cell (`pool`).
         mean: view -> `(cells, cells)`, the mean of |matrix| over the heads.
-        context: `(heads,)`, tokens that hold 90 % of a row of the operator's matrix, the mean over the text's second
-            half.
+        context: view -> `(heads,)`, tokens that hold 90 % of a row, the mean over the text's second half.
         half_lives: `(heads, 5)`, quantiles 5, 25, 50, 75 and 95 % of the decay's half-life in tokens; None without a
             state.
     """
@@ -41,7 +40,7 @@ class LayerReport:
     kind: str
     maps: dict[str, Tensor]
     mean: dict[str, Tensor]
-    context: Tensor
+    context: dict[str, Tensor]
     half_lives: Tensor | None
 
 
@@ -142,7 +141,7 @@ def inspect(
                 kind=model.config.layer_types[i],
                 maps={name: found.maps for name, found in sums.items()},
                 mean={name: pool(found.totals[0], mean_block) for name, found in sums.items()},
-                context=sums["operator"].context,
+                context={name: found.context for name, found in sums.items()},
                 half_lives=None if view.log_decay is None else spectrum(view.log_decay),
             )
         )

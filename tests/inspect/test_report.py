@@ -44,8 +44,9 @@ def test_report_is_what_its_parts_say(model, monkeypatch, block_bytes):
         torch.testing.assert_close(seen.attribution[name], rollout(weighted)[-1])
     torch.testing.assert_close(seen.input_gradient, (stream[0] * gradients[0])[0].sum(-1))
     for layer in seen.layers:
-        context = effective_context(views[layer.index].operator()[0])[:, 8:].double().mean(-1)
-        torch.testing.assert_close(layer.context, context)
+        for name in VIEWS:
+            context = effective_context(getattr(views[layer.index], name)()[0])[:, 8:].double().mean(-1)
+            torch.testing.assert_close(layer.context[name], context)
         log_decay = views[layer.index].log_decay
         assert (log_decay is None) == (layer.half_lives is None) == (layer.kind == "attention")
         if log_decay is not None:
@@ -62,7 +63,7 @@ def test_predictions_are_the_models(model):
 def test_one_token_is_a_text(model):
     seen = inspect(model, TOKENS[:1])
     assert seen.rollout["operator"].tolist() == [[1.0]]
-    assert seen.layers[0].context.tolist() == [1.0] * 8
+    assert seen.layers[0].context["operator"].tolist() == [1.0] * 8
 
 
 @pytest.mark.parametrize(("seqlen", "block"), [(7, 1), (7, 2), (8, 4), (5, 9)])

@@ -8,7 +8,8 @@ const length = data.tokens.length;
 // What is chosen; everything drawn follows from it. `row` and `column` are tokens; `column` is null until one is pointed at.
 const chosen = { view: data.views[0], layer: 0, head: MEAN, scale: "row", strip: "rollout", row: length - 1, column: null };
 
-/* Matrices: base64 of deflate of int8 codes; a code is the signed square root of entry / largest, times 127. */
+/* Matrices: int8 codes, the signed square root of entry / largest of the row, times 127; and each row's largest. Both are
+   deflated and in base64. */
 
 async function inflate(base64) {
   const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
@@ -16,34 +17,41 @@ async function inflate(base64) {
   const parts = [];
   const reader = stream.getReader();
   for (let part = await reader.read(); !part.done; part = await reader.read()) parts.push(part.value);
-  return new Int8Array(await new Blob(parts).arrayBuffer());
+  return new Blob(parts).arrayBuffer();
 }
 
 const unpacked = new Map();
-function codes(holder) {
-  if (!unpacked.has(holder)) unpacked.set(holder, inflate(holder.codes));
+function unpack(holder) {
+  if (!unpacked.has(holder)) {
+    const both = Promise.all([inflate(holder.codes), inflate(holder.scales)]);
+    unpacked.set(holder, both.then(([codes, scales]) => ({ codes: new Int8Array(codes), scales: new Float32Array(scales) })));
+  }
   return unpacked.get(holder);
 }
 
-/* A causal matrix: the triangle of its codes, row by row. */
-function triangle(all, start, cells, scale, block) {
-  const values = all.subarray(start, start + (cells * (cells + 1)) / 2);
-  const code = (i, j) => (j > i ? 0 : values[(i * (i + 1)) / 2 + j]);
-  return { cells, scale, block, code, value: (i, j) => scale * Math.sign(code(i, j)) * (code(i, j) / 127) ** 2 };
+const half = (cells) => (cells * (cells + 1)) / 2;
+
+/* A causal matrix whose codes and rows' scales begin at `start` and `first`. `share` is an entry's signed square root,
+   relative to the largest of its row or of the matrix. */
+function triangle({ codes, scales }, start, first, cells, block) {
+  const values = codes.subarray(start, start + half(cells));
+  const rows = scales.subarray(first, first + cells);
+  const largest = rows.reduce((a, b) => Math.max(a, b), 0);
+  const code = (i, j) => (j > i ? 0 : values[half(i) + j]);
+  const value = (i, j) => rows[i] * Math.sign(code(i, j)) * (code(i, j) / 127) ** 2;
+  const share = (i, j, byRow) => (code(i, j) / 127) * (byRow || !largest ? 1 : Math.sqrt(rows[i] / largest));
+  return { cells, block, largest, value, share };
 }
 
 async function matrixOf(layer, head, view) {
-  const holder = data.layers[layer].maps[view];
-  const all = await codes(holder);
-  const size = (cells) => (cells * (cells + 1)) / 2;
-  if (head === MEAN) return triangle(all, 0, data.meanCells, holder.scales[0], data.meanBlock);
-  const start = size(data.meanCells) + head * size(data.mapCells);
-  return triangle(all, start, data.mapCells, holder.scales[head + 1], data.mapBlock);
+  const { meanCells, meanBlock, mapCells, mapBlock } = data;
+  const all = await unpack(data.layers[layer].maps[view]);
+  if (head === MEAN) return triangle(all, 0, 0, meanCells, meanBlock);
+  return triangle(all, half(meanCells) + head * half(mapCells), meanCells + head * mapCells, mapCells, mapBlock);
 }
 
 async function rolloutOf(view) {
-  const holder = data.rollout[view];
-  return triangle(await codes(holder), 0, data.meanCells, holder.scales[0], data.meanBlock);
+  return triangle(await unpack(data.rollout[view]), 0, 0, data.meanCells, data.meanBlock);
 }
 
 /* Colours come from the style sheet, so that they follow the system's light or dark. */
@@ -113,13 +121,7 @@ function picture(rows, columns, colour) {
 }
 
 function mapPicture(matrix, byRow) {
-  const largest = Array.from({ length: matrix.cells }, (_, i) => {
-    if (!byRow) return 127;
-    let most = 1;
-    for (let j = 0; j <= i; j++) most = Math.max(most, Math.abs(matrix.code(i, j)));
-    return most;
-  });
-  return picture(matrix.cells, matrix.cells, (i, j) => (j > i ? palette.future : shade(matrix.code(i, j) / largest[i])));
+  return picture(matrix.cells, matrix.cells, (i, j) => (j > i ? palette.future : shade(matrix.share(i, j, byRow))));
 }
 
 /* The map. */
@@ -133,8 +135,8 @@ async function drawMap() {
   const matrix = await matrixOf(wanted.layer, wanted.head, wanted.view);
   if (wanted.layer !== chosen.layer || wanted.head !== chosen.head || wanted.view !== chosen.view) return;
   shown = { matrix, image: mapPicture(matrix, chosen.scale === "row") };
-  $("low").textContent = wanted.head === MEAN ? "" : chosen.scale === "row" ? "−row’s largest" : number(-matrix.scale);
-  $("high").textContent = chosen.scale === "row" ? "row’s largest" : number(matrix.scale);
+  $("low").textContent = wanted.head === MEAN ? "" : chosen.scale === "row" ? "−row’s largest" : number(-matrix.largest);
+  $("high").textContent = chosen.scale === "row" ? "row’s largest" : number(matrix.largest);
   const signed = wanted.head !== MEAN;
   const ramp = picture(1, 256, (_, k) => shade(signed ? (k - 127.5) / 127.5 : k / 255));
   $("ramp").getContext("2d").drawImage(ramp, 0, 0);
@@ -274,7 +276,7 @@ function makeStrip() {
 /* Overviews: layers down, heads across. */
 
 const OVERVIEWS = [
-  { id: "context", of: (layer) => layer.context, most: length, unit: "tokens" },
+  { id: "context", of: (layer) => layer.context[chosen.view], most: length, unit: "tokens" },
   { id: "half-life", of: (layer) => layer.halfLives && layer.halfLives.map((q) => q[2]), most: null, unit: "tokens" },
 ];
 
@@ -371,7 +373,7 @@ function choose(change) {
   if (all || changed("view", "layer", "scale")) work.push(drawHeads());
   for (const button of $("heads").children) button.setAttribute("aria-pressed", Number(button.dataset.head) === chosen.head);
   if (all || changed("strip", "row", "view", "layer", "head")) work.push(drawStrip());
-  if (all || changed("layer", "head")) {
+  if (all || changed("view", "layer", "head")) {
     OVERVIEWS.forEach(drawOverview);
     drawSpectrum();
   }
