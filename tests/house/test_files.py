@@ -39,7 +39,7 @@ def pins() -> dict[str, str]:
 def test_every_requirement_is_pinned_within_its_range():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
-    requirements = [Requirement(line) for line in asked if not line.startswith(project["name"])]
+    requirements = [Requirement(line) for line in asked if not line.startswith((project["name"], "triton"))]
     pinned = pins()
     unmet = [str(r) for r in requirements if not r.specifier.contains(pinned.get(canonicalize_name(r.name), "0"))]
     assert requirements
