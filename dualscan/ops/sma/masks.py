@@ -12,8 +12,10 @@ from torch import Tensor
 from dualscan.ops.ssd.reference import segment_sum
 from dualscan.semiseparable import (
     Cauchy,
+    Cosine,
     Dense,
     Diagonal,
+    Fourier,
     LowRank,
     OneSemiseparable,
     SemiseparableMatrix,
@@ -21,10 +23,12 @@ from dualscan.semiseparable import (
     Vandermonde,
 )
 from dualscan.semiseparable.matrix import Block, Product, Sum, Transposed
+from dualscan.semiseparable.structured import check_dimensions
 
-# FLOPs of a matrix product in the time of one column x token x log2(tokens) of a multiplication by Fourier transforms,
-# on a CPU (benchmark `sma`).
-FOURIER_COST = 60.0
+# In the time of one FLOP of a matrix product on a CPU (benchmark `sma`): a column x token x log2(tokens) of a
+# multiplication by Fourier transforms, and an entry of a mask and of the scores, written and multiplied.
+FOURIER_COST = 30.0
+ENTRY_COST = 400.0
 
 
 class DecayMask(OneSemiseparable):
@@ -41,8 +45,17 @@ class DecayMask(OneSemiseparable):
     log_decay: Tensor
 
     def __init__(self, log_decay: Tensor):
-        super().__init__(log_decay.exp())
+        check_dimensions("log_decay", log_decay, "(..., T)")
         object.__setattr__(self, "log_decay", log_decay)
+
+    @property
+    def a(self) -> Tensor:
+        """The factors."""
+        return self.log_decay.exp()
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.log_decay.shape, self.log_decay.shape[-1]))
 
     def to_dense(self) -> Tensor:
         return segment_sum(self.log_decay).exp()
@@ -131,6 +144,8 @@ def column_flops(mask: StructuredMatrix) -> float:
             return 2 * (rows + columns) * mask.left.shape[-1]
         case SemiseparableMatrix():
             return 2 * rows * (64 + 4 * mask.order)
+        case Fourier() | Cosine():  # one transform, without padding
+            return FOURIER_COST * rows * math.log2(rows + 1)
     if type(mask).matmul is StructuredMatrix.matmul:
         return math.inf
     return FOURIER_COST * (rows + columns) * math.log2(rows + columns + 1)

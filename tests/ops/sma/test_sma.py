@@ -177,7 +177,7 @@ def test_the_linear_order_in_slices(elements: int, monkeypatch: pytest.MonkeyPat
     q, k, v = inputs(9, "grouped-value")
     mask = Toeplitz(normal(HEADS, 9))
     whole = sma(q, k, v, mask, impl="linear")
-    monkeypatch.setattr(module, "SLICE_ELEMENTS", elements)
+    monkeypatch.setattr(module, "CPU_SLICE", elements)
     assert_close("y", sma(q, k, v, mask, impl="linear"), whole, dtype=torch.float64)
 
 
