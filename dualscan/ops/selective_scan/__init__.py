@@ -6,9 +6,11 @@ whole head. With A equal across the N states, and Δ and A shared by the channel
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from dualscan.ops import _dispatch, _numba
+from dualscan.ops import _dispatch, _numba, _triton
+from dualscan.ops._launch import unsupported
 from dualscan.ops.selective_scan import library, reference, validate
 from dualscan.ops.ssd.blocks import without_autocast
 
@@ -17,8 +19,12 @@ __all__ = ["SelectiveScanOutput", "selective_scan", "selective_scan_step"]
 OPERATOR = _dispatch.register(
     _dispatch.Operator(
         name="selective_scan",
-        impls={"numba": _numba.obstacle, **dict.fromkeys(("chunked", "recurrent"), _dispatch.anywhere)},
-        preference=("numba", "chunked"),
+        impls={
+            "triton": _triton.obstacle,
+            "numba": _numba.obstacle,
+            **dict.fromkeys(("chunked", "recurrent"), _dispatch.anywhere),
+        },
+        preference=("triton", "numba", "chunked"),
     )
 )
 STEP_OPERATOR = _dispatch.register(
@@ -73,8 +79,8 @@ def selective_scan(
         dt_softplus: applies softplus after the bias.
         initial_states: `(batch or nseq, channels, d_state)` float32, the state before the first token; None is zero.
         cu_seqlens: `(nseq + 1,)` int32 boundaries of sequences packed along time; batch must be 1.
-        impl: "auto", "numba" (kernels for CPUs; float32 and bfloat16), "chunked" (blocks of time, portable) or
-            "recurrent" (the oracle, twice differentiable).
+        impl: "auto", "triton" (the kernels for NVIDIA GPUs), "numba" (kernels for CPUs; float32 and bfloat16),
+            "chunked" (blocks of time, portable) or "recurrent" (the oracle, twice differentiable).
 
     Returns:
         `SelectiveScanOutput(y, final_states)`: y like x; one float32 state a sequence, after its last token.
@@ -109,11 +115,20 @@ def selective_scan(
 
 
 def _form(impl: str, x: Tensor) -> str:
-    """The implementation that runs; `auto` leaves kernels that do not compute x's dtype."""
-    form = _dispatch.choose(OPERATOR, impl, x.device)
-    reason = _numba.unsupported(x.dtype) if form == "numba" else None
+    """The implementation that runs; `auto` leaves kernels that do not compute x's dtype, and says so on a GPU."""
+    if impl == "triton" and _triton.interpreted():
+        form = impl
+    else:
+        form = _dispatch.choose(OPERATOR, impl, x.device)
+    reason = None
+    if form in ("triton", "numba"):
+        reason = unsupported(x.dtype) if form == "triton" else _numba.unsupported(x.dtype)
     if reason is not None and impl == form:
         raise ValueError(f"selective_scan: impl={impl!r} cannot run on these inputs: {reason}; use impl='auto'.")
+    if impl == "auto" and x.is_cuda and not torch.compiler.is_compiling():
+        slow = reason or _triton.obstacle(x.device)
+        if slow is not None:
+            _dispatch.announce_slow_path("selective_scan", "cuda", slow)
     return form if reason is None else "chunked"
 
 

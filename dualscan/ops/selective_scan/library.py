@@ -1,9 +1,9 @@
 """The operator boundary of the selective scan: schemas, fake kernels, FLOP formulas and autograd, torch only.
 
 `dualscan::selective_scan_fwd` and `_bwd` are the portable chunked form, `selective_scan_numba_fwd` and `_bwd` the
-kernels for CPUs, all with one schema: bias, softplus, skip and gate are inside, because each of them is an array of x's
-size that a composition would write and read again. The autograd function sits at the Autograd dispatch key of the
-forward operators (docs/decisions/001).
+kernels for CPUs, `selective_scan_kernel_fwd` and `_bwd` those for GPUs. All have one schema: bias, softplus, skip and
+gate are inside, because each of them is an array of x's size that a composition would write and read again. The
+autograd function sits at the Autograd dispatch key of the forward operators (docs/decisions/001).
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ _INPUTS = (
 )
 _GRADIENTS = ", ".join(f"Tensor d{name}" for name in DIFFERENTIABLE)
 _LIB = torch.library.Library("dualscan", "FRAGMENT")
-_NAMES = {"chunked": "selective_scan", "numba": "selective_scan_numba"}
+_NAMES = {"chunked": "selective_scan", "numba": "selective_scan_numba", "triton": "selective_scan_kernel"}
 for _name in _NAMES.values():
     _LIB.define(f"{_name}_fwd({_INPUTS}) -> (Tensor y, Tensor final_states)")
     _LIB.define(f"{_name}_bwd(Tensor? dy, Tensor? dfinal_states, {_INPUTS}) -> ({_GRADIENTS})")
@@ -42,11 +42,25 @@ def _numba_backward(*inputs: Any) -> tuple[Tensor, ...]:
     return numba_scan.backward(*inputs)
 
 
+def _kernel_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from dualscan.ops.selective_scan import triton_scan
+
+    return triton_scan.forward(*inputs)
+
+
+def _kernel_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    from dualscan.ops.selective_scan import triton_scan
+
+    return triton_scan.backward(*inputs)
+
+
 _LIB.impl("selective_scan_numba_fwd", _numba_forward, "CPU")
 _LIB.impl("selective_scan_numba_bwd", _numba_backward, "CPU")
-for _key in ("CPU", "CUDA"):
+for _key in ("CPU", "CUDA"):  # on a CPU the kernels run in Triton's interpreter
     _LIB.impl("selective_scan_fwd", chunked.forward, _key)
     _LIB.impl("selective_scan_bwd", chunked.backward, _key)
+    _LIB.impl("selective_scan_kernel_fwd", _kernel_forward, _key)
+    _LIB.impl("selective_scan_kernel_bwd", _kernel_backward, _key)
 
 
 def _fake_forward(

@@ -73,6 +73,6 @@ CORNERS: dict[str, dict[str, Any]] = {
     "empty packs": {"lengths": [0, 0, 0], "states": True},
     "no packs": {"lengths": [], "states": True},
     "one pack": {"lengths": [23]},
-    "fast decay": {"decay": 1e3, "states": True},
+    "fast decay": {"decay": 100.0, "states": True},
     "slow decay": {"decay": 1e-6, "states": True},
 }

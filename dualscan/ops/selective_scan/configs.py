@@ -1,0 +1,28 @@
+"""Launch configurations of the GPU's kernels: fixed, nothing is tuned at run time."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tile:
+    """What one program works on, and the launch parameters.
+
+    Attributes:
+        channels: of a program, a power of two; 32 a warp give every thread one channel.
+        rows: tokens in registers at a time.
+        warps: of a program.
+        kept: the backward keeps the states in front of every `kept` tiles of rows, and computes the others again.
+        validated: date of the check against float64 on a device; None is arithmetic from the register file only.
+    """
+
+    channels: int
+    rows: int
+    warps: int
+    kept: int = 1
+    validated: str | None = None
+
+
+# Not validated on a device. A thread holds three values a row in the forward, eight in the backward, beside its share
+# of addresses; sums over channels inside a warp need no barrier.
+FORWARD = Tile(channels=64, rows=16, warps=2)
+BACKWARD = Tile(channels=64, rows=8, warps=1, kept=8)
