@@ -4,6 +4,7 @@ either with an index. Names and shapes are known before any data is read."""
 import json
 import pickle
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -100,7 +101,9 @@ def _open_safetensors(path: Path, device: str, stack: ExitStack) -> dict[str, St
 def _open_pickle(path: Path, device: str, stack: ExitStack) -> dict[str, Stored]:
     del stack  # nothing stays open
     try:
-        tensors: Any = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that it goes on to refuse
+            tensors: Any = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(

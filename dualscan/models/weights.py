@@ -340,5 +340,7 @@ def _configuration(folder: Path, values: Mapping[str, Any]) -> tuple[Family | No
         if not isinstance(values.get("model"), dict):
             raise ValueError(f"{path} has no 'model' section; it is damaged, save or copy it again.")
         return None, ModelConfig.from_dict(values["model"])
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(str(error) if str(folder) in str(error) else f"{path}: {error}") from error
+    except TypeError as error:
+        raise ValueError(f"{path}: a value has the wrong type: {error}") from error

@@ -15,6 +15,7 @@ from dualscan.models.families.family import Family
 _MODULES = {
     "mamba_ssm": ("mamba_ssm", "MAMBA_SSM"),
     "mamba2": ("hf.mamba", "MAMBA2"),
+    "mamba": ("hf.mamba", "MAMBA"),
     "bamba": ("hf.bamba", "BAMBA"),
     "nemotron_h": ("hf.nemotron_h", "NEMOTRON_H"),
     "granitemoehybrid": ("hf.granite", "GRANITE"),

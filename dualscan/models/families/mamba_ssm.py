@@ -1,4 +1,4 @@
-"""Checkpoints of mamba_ssm, the authors' program: Mamba-2 and its hybrids with attention and MLPs."""
+"""Checkpoints of mamba_ssm, the authors' program: Mamba-2, Mamba, and their hybrids with attention and MLPs."""
 
 from typing import Any
 
@@ -17,6 +17,7 @@ _MAMBA2 = {
     *("d_state", "d_conv", "expand", "headdim", "d_ssm", "ngroups", "D_has_hdim", "rmsnorm", "norm_before_gate"),
     *("dt_limit", "bias", "conv_bias"),
 }
+_MAMBA = {"d_state", "d_conv", "expand", "dt_rank", "bias", "conv_bias"}
 _ATTENTION = {
     *("causal", "num_heads", "num_heads_kv", "head_dim", "mlp_dim", "qkv_proj_bias", "out_proj_bias", "d_conv"),
     *("softmax_scale", "rotary_emb_dim", "rotary_emb_base", "rotary_emb_interleaved"),
@@ -27,37 +28,49 @@ def _config(settings: Settings) -> ModelConfig:
     settings.only("rms_norm", True, lacks="LayerNorm")
     settings.only("norm_epsilon", 1e-5, lacks="an epsilon of the gated norm that differs from the others")
     ssm, attention = settings.section("ssm_cfg"), settings.section("attn_cfg")
-    ssm.only("layer", "Mamba2", default="Mamba1", lacks="this kind of layer")
-    _refuse_unknown(ssm, _MAMBA2)
+    ssm.only("layer", "Mamba2", "Mamba1", default="Mamba1", lacks="this kind of layer")
+    first = ssm("layer", "Mamba1") == "Mamba1"
+    _refuse_unknown(ssm, _MAMBA if first else _MAMBA2)
     _refuse_unknown(attention, _ATTENTION)
     layers, attended = settings("n_layer"), set(settings("attn_layer_idx", None) or ())
     if not attended <= set(range(layers)):
         raise ValueError(f"the mamba_ssm configuration has attn_layer_idx={sorted(attended)} but n_layer={layers}.")
     hidden = settings("d_intermediate", 0)
-    width, expand, headdim = settings("d_model"), ssm("expand", 2), ssm("headdim", 64)
-    ssm.only("d_ssm", None, expand * width, lacks="a gated MLP inside the Mamba-2 layer")
-    ssm.only("D_has_hdim", False, lacks="a D of every channel")
-    ssm.only("rmsnorm", True, lacks="Mamba-2 without the gated norm")
-    mixers = ["*" if i in attended else "M" for i in range(layers)]
+    width = settings("d_model")
+    mixers = ["*" if i in attended else "m" if first else "M" for i in range(layers)]
     return ModelConfig(
         d_model=width,
         pattern="".join(mixer + ("-" if hidden else "") for mixer in mixers),
         vocab_size=settings("vocab_size"),
         vocab_multiple=settings("pad_vocab_size_multiple", 8),
-        d_state=ssm("d_state", 128),
-        headdim=headdim,
-        expand=expand,
-        ngroups=ssm("ngroups", 1),
+        expand=ssm("expand", 2),
         d_conv=ssm("d_conv", 4),
-        dt_limit=ssm.limits("dt_limit"),
         mamba_bias=ssm("bias", False),
         conv_bias=ssm("conv_bias", True),
-        norm_before_gate=ssm("norm_before_gate", False),
+        **(_mamba(ssm) if first else _mamba2(ssm, width)),
         # Its gated MLP rounds the hidden width up to a multiple of 128.
         d_mlp=-(-hidden // 128) * 128 if hidden else None,
         tie_embeddings=settings("tie_embeddings", True),
         **(_attention(attention, width) if attended else {}),
     )
+
+
+def _mamba2(settings: Settings, width: int) -> dict[str, Any]:
+    settings.only("d_ssm", None, settings("expand", 2) * width, lacks="a gated MLP inside the Mamba-2 layer")
+    settings.only("D_has_hdim", False, lacks="a D of every channel")
+    return {
+        "d_state": settings("d_state", 128),
+        "headdim": settings("headdim", 64),
+        "ngroups": settings("ngroups", 1),
+        "dt_limit": settings.limits("dt_limit"),
+        "gated_norm": settings("rmsnorm", True),
+        "norm_before_gate": settings("norm_before_gate", False),
+    }
+
+
+def _mamba(settings: Settings) -> dict[str, Any]:
+    rank = settings("dt_rank", "auto")
+    return {"d_state": settings("d_state", 16), "dt_rank": None if rank == "auto" else rank}
 
 
 def _attention(settings: Settings, width: int) -> dict[str, Any]:
@@ -87,18 +100,24 @@ def _refuse_unknown(settings: Settings, known: set[str]) -> None:
 def _to_config(config: ModelConfig) -> dict[str, Any]:
     mixers = [letter for letter in config.pattern if letter != "-"]
     attended = [i for i, letter in enumerate(mixers) if letter == "*"]
-    ssm = {
-        "layer": "Mamba2",
+    ssm: dict[str, Any] = {
+        "layer": "Mamba1" if "m" in config.pattern else "Mamba2",
         "d_state": config.d_state,
         "d_conv": config.d_conv,
         "expand": config.expand,
-        "headdim": config.headdim,
-        "ngroups": config.ngroups,
-        "norm_before_gate": config.norm_before_gate,
-        "dt_limit": list(config.dt_limit),
         "bias": config.mamba_bias,
         "conv_bias": config.conv_bias,
     }
+    if "m" in config.pattern:
+        ssm["dt_rank"] = config.dt_rank or "auto"
+    else:
+        ssm |= {
+            "headdim": config.headdim,
+            "ngroups": config.ngroups,
+            "rmsnorm": config.gated_norm,
+            "norm_before_gate": config.norm_before_gate,
+            "dt_limit": list(config.dt_limit),
+        }
     heads = config.attention_heads
     attention = {
         "causal": True,
@@ -148,7 +167,7 @@ def _layout(config: ModelConfig) -> Layout:
 
 MAMBA_SSM = Family(
     name="mamba_ssm",
-    checkpoints="state-spaces/mamba2-2.7b, state-spaces/mamba2attn-2.7b",
+    checkpoints="state-spaces/mamba2-130m to mamba2-2.7b, mamba2attn-2.7b, mamba-130m to mamba-2.8b",
     config=_config,
     layout=_layout,
     to_config=_to_config,

@@ -25,7 +25,7 @@ class Settings:
             ValueError: it does not say, and there is no default.
         """
         value = self.values.get(name, default)
-        if value is _REQUIRED:
+        if value is _REQUIRED or (value is None and default is _REQUIRED):
             raise ValueError(f"the {self.family} configuration has no {name!r}; it is incomplete, copy it again.")
         return value
 

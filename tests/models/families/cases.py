@@ -60,6 +60,15 @@ _CASES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
             "clamp, no bias": {"n_groups": 2, "use_conv_bias": False, "time_step_limit": (0.02, 0.08)},
         },
     ),
+    "mamba": (
+        "MambaConfig",
+        {"hidden_size": 20, "num_hidden_layers": 3, "state_size": 8, "vocab_size": VOCABULARY},
+        {
+            "tied": {"time_step_rank": "auto"},
+            "untied, biases": {"tie_word_embeddings": False, "use_bias": True, "time_step_rank": 5},
+            "no bias, wide": {"use_conv_bias": False, "expand": 3, "conv_kernel": 3},
+        },
+    ),
     "bamba": (
         "BambaConfig",
         {**_LAYERS, "attn_layer_indices": [1]},

@@ -8,7 +8,7 @@ from dualscan.models.families.layout import Layout
 from dualscan.models.families.settings import Settings
 
 
-def _config(settings: Settings) -> ModelConfig:
+def _mamba2_config(settings: Settings) -> ModelConfig:
     settings.only("hidden_act", "silu", lacks="another activation")
     width, heads, headdim = settings("hidden_size"), settings("num_heads"), settings("head_dim")
     expand = settings("expand", 2)
@@ -36,7 +36,7 @@ def _config(settings: Settings) -> ModelConfig:
     )
 
 
-def _to_config(config: ModelConfig) -> dict[str, Any]:
+def _mamba2_to_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["Mamba2ForCausalLM"],
         "model_type": "mamba2",
@@ -60,6 +60,46 @@ def _to_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _mamba_config(settings: Settings) -> ModelConfig:
+    settings.only("hidden_act", "silu", lacks="another activation")
+    rank = settings("time_step_rank", "auto")
+    return ModelConfig(
+        d_model=settings("hidden_size"),
+        pattern="m" * settings("num_hidden_layers"),
+        vocab_size=settings("vocab_size"),
+        vocab_multiple=1,
+        d_state=settings("state_size"),
+        expand=settings("expand", 2),
+        d_conv=settings("conv_kernel", 4),
+        dt_rank=None if rank == "auto" else rank,
+        mamba_bias=settings("use_bias", False),
+        conv_bias=settings("use_conv_bias", True),
+        norm_eps=settings("layer_norm_epsilon", 1e-5),
+        tie_embeddings=settings("tie_word_embeddings", True),
+    )
+
+
+def _mamba_to_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["MambaForCausalLM"],
+        "model_type": "mamba",
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "vocab_size": config.padded_vocab_size,
+        "state_size": config.d_state,
+        "expand": config.expand,
+        "intermediate_size": config.d_inner,
+        "conv_kernel": config.d_conv,
+        "time_step_rank": config.dt_rank or "auto",
+        "use_bias": config.mamba_bias,
+        "use_conv_bias": config.conv_bias,
+        "layer_norm_epsilon": config.norm_eps,
+        "residual_in_fp32": True,
+        "hidden_act": "silu",
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
 def _layout(config: ModelConfig) -> Layout:
     del config
     return Layout(
@@ -70,12 +110,20 @@ def _layout(config: ModelConfig) -> Layout:
 MAMBA2 = Family(
     name="mamba2",
     checkpoints="mistralai/Mamba-Codestral-7B-v0.1",
-    config=_config,
+    config=_mamba2_config,
     layout=_layout,
-    to_config=_to_config,
+    to_config=_mamba2_to_config,
     differences=(
         "transformers 4 normalised all channels together where n_groups is more than 1, and trained checkpoints "
         "(Codestral) normalise by group, as here; norm_groups=1 computes the former. Its cached steps leave out the "
         "clamp of time_step_limit."
     ),
+)
+
+MAMBA = Family(
+    name="mamba",
+    checkpoints="state-spaces/mamba-130m-hf to mamba-2.8b-hf",
+    config=_mamba_config,
+    layout=_layout,
+    to_config=_mamba_to_config,
 )
