@@ -67,6 +67,32 @@ def test_gradients(algorithm):
     assert torch.autograd.gradgradcheck(lambda a, x: scan(a, x, algorithm=algorithm), inputs)
 
 
+def test_algorithms_are_factorisations_into_sparse_matrices():
+    length = 16
+    a = torch.randn(length, dtype=DOUBLE)
+    dense, identity = by_definition(a, torch.eye(length, dtype=DOUBLE)), torch.eye(length, dtype=DOUBLE)
+
+    def below(values, distance):
+        return identity + torch.diag(values[distance:], -distance)
+
+    one_by_one = [below(torch.where(torch.arange(length) == t, a, 0), 1) for t in range(1, length)]
+    products = {
+        distance: torch.cat([torch.zeros(distance), torch.ones(length - distance)]) for distance in (1, 2, 4, 8)
+    }
+    doubling = [
+        below(torch.stack([a[max(0, t - s + 1) : t + 1].prod() for t in range(length)]) * products[s], s)
+        for s in products
+    ]
+    for factors in (one_by_one, doubling):
+        assert_close("product", torch.linalg.multi_dot(factors[::-1]), dense, dtype=DOUBLE)
+        x = torch.randn(length, 2, dtype=DOUBLE)
+        y = x
+        for factor in factors:
+            y = factor @ y
+        algorithm = "dilated" if factors is doubling else "fully_recurrent"
+        assert_close(algorithm, scan(a, x, algorithm=algorithm), y, dtype=DOUBLE)
+
+
 def merging(tokens: int, width: int) -> int:
     """Operations of the associative scan of a power of two."""
     return (tokens - 1) + 2 * width * (tokens - 1) + 2 * width * (tokens - tokens.bit_length())
