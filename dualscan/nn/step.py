@@ -102,6 +102,7 @@ def make_plan(layers: "Sequence[tuple[Mamba2, RMSNorm | None]]") -> "Plan | None
     parameters, sizes = [], []
     for mixer, before in layers:
         in_proj, conv1d, norm, out_proj = mixer.in_proj, mixer.conv1d, mixer.norm, mixer.out_proj
+        assert norm is not None
         parameters.append(
             decode.Parameters(
                 *(in_proj.weight, in_proj.bias, conv1d.weight, conv1d.bias),
@@ -149,6 +150,7 @@ def _portable_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tup
 
 def _gated_norm(mixer: "Mamba2", y: Tensor, gate: Tensor) -> Tensor:
     norm = mixer.norm
+    assert norm is not None
     size = norm.group_size or y.shape[-1]
     if size == y.shape[-1] and not norm.norm_before_gate:
         return F.rms_norm(y * gate, (size,), norm.weight, norm.eps)
