@@ -1,6 +1,7 @@
-"""Sums, products and elementwise products of recurrences are recurrences (proposition C.1 of arXiv 2405.21060).
+"""Closed forms: sums, products and elementwise products of structures that have a structure again.
 
-Registered for every pair of semiseparable, 1-semiseparable and diagonal matrices, so that `+`, `@` and `*` find them.
+The module registers them, so that `+`, `@` and `*` find them; other pairs are multiplied one after the other. Those of
+recurrences are proposition C.1 of arXiv 2405.21060.
 """
 
 import itertools
@@ -10,9 +11,70 @@ import torch
 from torch import Tensor
 
 from dualscan.semiseparable import modes
-from dualscan.semiseparable.matrix import StructuredMatrix, closed
+from dualscan.semiseparable.matrix import Product, StructuredMatrix, closed
 from dualscan.semiseparable.sss import OneSemiseparable, SemiseparableMatrix, as_semiseparable
-from dualscan.semiseparable.structured import Diagonal, LowRank
+from dualscan.semiseparable.structured import Diagonal, LowRank, Toeplitz
+
+
+@closed(operator.add, Toeplitz, Toeplitz)
+def _(left: Toeplitz, right: Toeplitz) -> Toeplitz:
+    if left.row is None or right.row is None:
+        row = left.row if right.row is None else right.row
+        return Toeplitz(left.column + right.column, row)
+    return Toeplitz(left.column + right.column, left.row + right.row)
+
+
+@closed(operator.mul, Toeplitz, Toeplitz)
+def _(left: Toeplitz, right: Toeplitz) -> Toeplitz:
+    row = None if left.row is None or right.row is None else left.row * right.row
+    return Toeplitz(left.column * right.column, row)
+
+
+@closed(operator.matmul, Toeplitz, Toeplitz)
+def _(left: Toeplitz, right: Toeplitz) -> StructuredMatrix:
+    if left.row is None and right.row is None:
+        product = left @ right.column.unsqueeze(-1)
+        return Toeplitz(product.squeeze(-1))
+    return Product(left, right)
+
+
+@closed(operator.matmul, Diagonal, Diagonal)
+@closed(operator.mul, Diagonal, Diagonal)
+def _(left: Diagonal, right: Diagonal) -> Diagonal:
+    return Diagonal(left.values * right.values)
+
+
+@closed(operator.add, Diagonal, Diagonal)
+def _(left: Diagonal, right: Diagonal) -> Diagonal:
+    return Diagonal(left.values + right.values)
+
+
+@closed(operator.matmul, LowRank, StructuredMatrix)
+def _(left: LowRank, right: StructuredMatrix) -> LowRank:
+    return LowRank(left.left, right.mT @ left.right)
+
+
+@closed(operator.matmul, StructuredMatrix, LowRank)
+def _(left: StructuredMatrix, right: LowRank) -> LowRank:
+    return LowRank(left @ right.left, right.right)
+
+
+@closed(operator.add, LowRank, LowRank)
+def _(left: LowRank, right: LowRank) -> LowRank:
+    """Ranks add."""
+    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+
+    def beside(one: Tensor, other: Tensor) -> Tensor:
+        return torch.cat([part.expand(*batch, *part.shape[-2:]) for part in (one, other)], dim=-1)
+
+    return LowRank(beside(left.left, right.left), beside(left.right, right.right))
+
+
+@closed(operator.mul, LowRank, LowRank)
+def _(left: LowRank, right: LowRank) -> LowRank:
+    """Ranks multiply: the products of all pairs of columns."""
+    pairs = ((left.left, right.left), (left.right, right.right))
+    return LowRank(*((one.unsqueeze(-1) * other.unsqueeze(-2)).flatten(-2) for one, other in pairs))
 
 
 def _add(left: StructuredMatrix, right: StructuredMatrix) -> SemiseparableMatrix:

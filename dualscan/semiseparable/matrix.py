@@ -154,7 +154,7 @@ def closed(operation: Callable[..., Any], left: type, right: type) -> Callable[[
 
     Example:
         >>> from dualscan.semiseparable import Toeplitz
-        >>> Toeplitz(torch.ones(3)) + Toeplitz(torch.ones(3))  # registered in structured.py
+        >>> Toeplitz(torch.ones(3)) + Toeplitz(torch.ones(3))  # registered in algebra.py
         Toeplitz(3, 3)
     """
 

@@ -5,13 +5,12 @@ structured masked attention (section 4.2) they are interchangeable with the semi
 """
 
 import math
-import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dualscan.semiseparable.matrix import Product, StructuredMatrix, closed
+from dualscan.semiseparable.matrix import StructuredMatrix
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -20,6 +19,10 @@ class Diagonal(StructuredMatrix):
 
     Attributes:
         values: `(..., T)`.
+
+    Example:
+        >>> (Diagonal(torch.tensor([2.0, 3.0])) @ torch.ones(2, 1)).tolist()
+        [[2.0], [3.0]]
     """
 
     values: Tensor
@@ -52,6 +55,13 @@ class LowRank(StructuredMatrix):
     Attributes:
         left: `(..., rows, rank)`.
         right: `(..., columns, rank)`; complex entries are not conjugated.
+
+    Example:
+        >>> LowRank(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])).to_dense().tolist()
+        [[3.0, 4.0], [6.0, 8.0]]
+
+    Note:
+        O(T rank) a column.
     """
 
     left: Tensor
@@ -93,8 +103,8 @@ class Toeplitz(StructuredMatrix):
         [[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.25, 0.5, 1.0]]
 
     Note:
-        O(T log T) by the fast Fourier transform of a circulant matrix in which this one is a block. Rounding errors
-        are relative to the largest entry of the product, not to each.
+        O(T log T) a column, by the fast Fourier transform of a circulant matrix in which this one is a block. Rounding
+        errors are relative to the largest entry of the product, not to each.
     """
 
     column: Tensor
@@ -193,6 +203,13 @@ class Cauchy(StructuredMatrix):
         nodes: u, `(..., rows)`, real or complex.
         poles: v, `(..., columns)`; none of them may equal a node.
 
+    Raises:
+        ValueError: when one of them does.
+
+    Example:
+        >>> Cauchy(torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 2.0])).to_dense().tolist()
+        [[0.5, -1.0], [0.25, 1.0]]
+
     Note:
         As many products as the dense matrix has entries, in pieces of sqrt(rows) rows.
     """
@@ -241,8 +258,12 @@ class Fourier(StructuredMatrix):
         length: T.
         dtype: a complex dtype; a product takes the wider one of it and x.
 
+    Example:
+        >>> (Fourier(4) @ torch.ones(4, 1)).real.flatten().tolist()
+        [2.0, 0.0, 0.0, 0.0]
+
     Note:
-        O(T log T).
+        O(T log T) a column.
     """
 
     length: int
@@ -273,8 +294,12 @@ class Cosine(StructuredMatrix):
         length: T.
         dtype: of the dense matrix; a product takes the wider one of it and x.
 
+    Example:
+        >>> (Cosine(4) @ torch.ones(4, 1)).round(decimals=4).abs().flatten().tolist()
+        [2.0, 0.0, 0.0, 0.0]
+
     Note:
-        O(T log T): one Fourier transform of the even tokens followed by the odd ones in reverse (Makhoul 1980).
+        O(T log T) a column: a Fourier transform of the even tokens followed by the odd ones in reverse (Makhoul 1980).
     """
 
     length: int
@@ -305,67 +330,6 @@ def check_dimensions(name: str, tensor: Tensor, layout: str) -> None:
     needed = layout.count(",")
     if tensor.ndim < needed:
         raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; it must be {layout}")
-
-
-@closed(operator.add, Toeplitz, Toeplitz)
-def _(left: Toeplitz, right: Toeplitz) -> Toeplitz:
-    if left.row is None or right.row is None:
-        row = left.row if right.row is None else right.row
-        return Toeplitz(left.column + right.column, row)
-    return Toeplitz(left.column + right.column, left.row + right.row)
-
-
-@closed(operator.mul, Toeplitz, Toeplitz)
-def _(left: Toeplitz, right: Toeplitz) -> Toeplitz:
-    row = None if left.row is None or right.row is None else left.row * right.row
-    return Toeplitz(left.column * right.column, row)
-
-
-@closed(operator.matmul, Toeplitz, Toeplitz)
-def _(left: Toeplitz, right: Toeplitz) -> StructuredMatrix:
-    if left.row is None and right.row is None:
-        product = left @ right.column.unsqueeze(-1)
-        return Toeplitz(product.squeeze(-1))
-    return Product(left, right)
-
-
-@closed(operator.matmul, Diagonal, Diagonal)
-@closed(operator.mul, Diagonal, Diagonal)
-def _(left: Diagonal, right: Diagonal) -> Diagonal:
-    return Diagonal(left.values * right.values)
-
-
-@closed(operator.add, Diagonal, Diagonal)
-def _(left: Diagonal, right: Diagonal) -> Diagonal:
-    return Diagonal(left.values + right.values)
-
-
-@closed(operator.matmul, LowRank, StructuredMatrix)
-def _(left: LowRank, right: StructuredMatrix) -> LowRank:
-    return LowRank(left.left, right.mT @ left.right)
-
-
-@closed(operator.matmul, StructuredMatrix, LowRank)
-def _(left: StructuredMatrix, right: LowRank) -> LowRank:
-    return LowRank(left @ right.left, right.right)
-
-
-@closed(operator.add, LowRank, LowRank)
-def _(left: LowRank, right: LowRank) -> LowRank:
-    """Ranks add."""
-    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-
-    def beside(one: Tensor, other: Tensor) -> Tensor:
-        return torch.cat([part.expand(*batch, *part.shape[-2:]) for part in (one, other)], dim=-1)
-
-    return LowRank(beside(left.left, right.left), beside(left.right, right.right))
-
-
-@closed(operator.mul, LowRank, LowRank)
-def _(left: LowRank, right: LowRank) -> LowRank:
-    """Ranks multiply: the products of all pairs of columns."""
-    pairs = ((left.left, right.left), (left.right, right.right))
-    return LowRank(*((one.unsqueeze(-1) * other.unsqueeze(-2)).flatten(-2) for one, other in pairs))
 
 
 def fast_length(length: int) -> int:
