@@ -80,7 +80,13 @@ def title(folder: Path) -> str:
 
 def about(config: ModelConfig) -> str:
     """Size and layers in a line."""
-    names = {"mamba2": "Mamba-2", "mamba": "Mamba", "mlp": "MLP"}
+    names = {
+        "mamba2": "Mamba-2",
+        "mamba": "Mamba",
+        "mlp": "MLP",
+        "moe": "experts",
+        "parallel": "Mamba-2 beside attention",
+    }
     kinds = Counter(config.layer_types)
     layers = ", ".join(f"{count} {names.get(kind, kind)}" for kind, count in kinds.items())
     return f"{parameters(config).total / 1e6:.1f}M parameters · layers: {layers}"

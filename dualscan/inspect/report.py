@@ -8,16 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from dualscan.inspect.layer import LayerView
 from dualscan.inspect.memory import effective_context, spectrum
 from dualscan.inspect.relevance import add_layer, fuse, mean_mixing
 from dualscan.inspect.trace import logit_gradients, residual_stream
-from dualscan.inspect.views import LayerView, look
+from dualscan.inspect.views import look
 from dualscan.models.lm import MambaLM
 from dualscan.nn.block import Block
 
 VIEWS = ("operator", "unified")
 # Bytes of one temporary of a block of heads.
-_BLOCK_BYTES = 16 * 2**20
+_BLOCK_BYTES = 8 * 2**20
 # Matrices of `seqlen²` float32 elements alive at once beside the model: a head's own temporaries, and sums over heads.
 _ALIVE = 16
 
@@ -101,7 +102,7 @@ def inspect(
 
     Example:
         >>> from dualscan.models.presets import preset
-        >>> seen = inspect(MambaLM(preset("tiny")), torch.arange(6))
+        >>> seen = inspect(MambaLM(preset("tiny")).double(), torch.arange(6))
         >>> seen.layers[0].maps["operator"].shape, seen.attribution["unified"].shape
         (torch.Size([4, 6, 6]), torch.Size([6]))
 
@@ -142,7 +143,7 @@ def inspect(
                 maps={name: found.maps for name, found in sums.items()},
                 mean={name: pool(found.totals[0], mean_block) for name, found in sums.items()},
                 context={name: found.context for name, found in sums.items()},
-                half_lives=None if view.log_decay is None else spectrum(view.log_decay),
+                half_lives=_half_lives(view),
             )
         )
     return Inspection(
@@ -186,9 +187,9 @@ class _HeadSums(NamedTuple):
 
 
 def _sum_heads(view: LayerView, name: str, map_block: int) -> _HeadSums:
-    seqlen = view.values.shape[1]
-    at_once = max(1, _BLOCK_BYTES // (seqlen**2 * view.values.element_size()))
-    mean = positive = view.values.new_zeros(seqlen, seqlen)
+    seqlen = view.inputs.shape[1]
+    at_once = max(1, _BLOCK_BYTES // (seqlen**2 * view.inputs.element_size()))
+    mean = positive = view.inputs.new_zeros(seqlen, seqlen)
     largest, maps, context = mean.new_zeros(()), [], []
     for start in range(0, view.nheads, at_once):
         matrices = getattr(view, name)(slice(start, min(start + at_once, view.nheads)))[0]
@@ -200,10 +201,15 @@ def _sum_heads(view: LayerView, name: str, map_block: int) -> _HeadSums:
     return _HeadSums(torch.cat(maps), torch.cat(context), (mean, positive, largest))
 
 
+def _half_lives(view: LayerView) -> Tensor | None:
+    heads = (view.log_decay(slice(h, h + 1)) for h in range(view.nheads))
+    decays = [spectrum(decay) for decay in heads if decay is not None]
+    return torch.cat(decays) if decays else None
+
+
 def _predictions(model: MambaLM, last: Tensor, count: int = 5) -> list[tuple[int, float]]:
     """The most likely next tokens and their probabilities."""
-    hidden = model.norm_f(last).to(model.output_weight.dtype)
-    logits = F.linear(hidden, model.output_weight)[: model.config.vocab_size].float()
+    logits = F.linear(model._finish(last), model.output_weight)[: model.config.vocab_size].float()
     top = logits.softmax(-1).topk(min(count, logits.shape[-1]))
     return [(int(token), float(p)) for p, token in zip(top.values, top.indices, strict=True)]
 
@@ -216,7 +222,7 @@ def _check(model: MambaLM, tokens: Tensor, target: int | None) -> None:
     wrong = [token for token in asked if not 0 <= token < config.vocab_size]
     if wrong:
         raise ValueError(f"token {wrong[0]} is not in 0 to {config.vocab_size - 1}; use this model's own tokenizer.")
-    if not {"mamba", "mamba2"} & set(config.layer_types):
+    if not {"mamba", "mamba2", "parallel"} & set(config.layer_types):
         raise ValueError(
             f"the model has no Mamba layers (pattern {config.pattern!r}); inspect looks at their matrices."
         )

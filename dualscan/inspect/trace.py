@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dualscan.models.lm import MambaLM
-from dualscan.nn.precision import LOW_PRECISION
 from dualscan.ops._pointwise import accumulation_dtype
 
 
@@ -19,12 +18,17 @@ def residual_stream(model: MambaLM, tokens: Tensor) -> list[Tensor]:
         tokens: `(batch, seqlen)` int64.
 
     Returns:
-        The list; `model.norm_f` of its last entry gives the logits.
+        The list; the logits follow from the last entry.
     """
-    h = model.embedding(tokens)
-    stream = [h.float() if h.dtype in LOW_PRECISION else h]
-    for block in model.layers:
-        stream.append(block(stream[-1])[0])
+    stream: list[Tensor] = []
+    # Every block reads the stream, and the last norm; a block that stands in several places is called in each.
+    modules = dict.fromkeys([*model.layers, model.norm_f])
+    hooks = [module.register_forward_pre_hook(lambda _, read: stream.append(read[0])) for module in modules]
+    try:
+        model.hidden_states(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return stream
 
 
@@ -44,7 +48,7 @@ def logit_gradients(model: MambaLM, stream: list[Tensor], *, position: int, targ
     """
     with torch.enable_grad():
         last = stream[-1].detach().requires_grad_()
-        hidden = model.norm_f(last[:, position]).to(model.output_weight.dtype)
+        hidden = model._finish(last[:, position])
         dtype = accumulation_dtype(hidden.dtype)
         logit = hidden[0].to(dtype) @ model.output_weight[target].detach().to(dtype)
         (gradient,) = torch.autograd.grad(logit, last)

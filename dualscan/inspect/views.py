@@ -3,68 +3,35 @@
 Two matrices a head. The *operator* matrix is what the sequence operator multiplies its values by: (L ∘ C Bᵀ) Δ for
 Mamba-2, the softmax for attention. The *unified* one takes the convolution, the gate and the norm into it (arXiv
 2405.16504), from the channels that leave the input projection to those that enter the output projection. With the text
-fixed, SiLU(v) = σ(v) v, the gate and the norm are factors, so that both are exact, per channel; a head shows the mean
-over its channels.
+fixed, both are exact, per channel; a head shows the mean over its channels.
 """
-
-from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualscan.inspect.layer import ALL, LayerView, SurroundedView, Surroundings
+from dualscan.inspect.selective import MambaView
 from dualscan.nn.attention import Attention, rotate
+from dualscan.nn.hybrid.moe import MoE
+from dualscan.nn.hybrid.parallel import Parallel
+from dualscan.nn.mamba import Mamba
 from dualscan.nn.mamba2 import Mamba2
 from dualscan.nn.mlp import MLP
+from dualscan.nn.precision import apply_linear
 from dualscan.ops._pointwise import accumulation_dtype
 from dualscan.ops.conv1d import causal_conv1d
+from dualscan.ops.sma.heads import expand_heads
 from dualscan.ops.ssd import ssd
 from dualscan.ops.ssd.reference import segment_sum
 
-ALL = slice(None)
 
-
-class LayerView(ABC):
-    """One layer at one text; made by `look`.
-
-    Matrices are computed on request, for some heads at a time, in float32 (float64 for a float64 model). Entry (i, j)
-    says how much token j counts in the output of token i; it is exactly 0 for j > i.
-
-    Attributes:
-        nheads: heads of the layer.
-        values: `(batch, seqlen, nheads, headdim)`, what the operator matrices multiply.
-        inputs: `(batch, seqlen, channels)`, what the channels' matrices multiply.
-        log_decay: `(batch, seqlen, nheads, rates)`, what each step multiplies the state by, as a logarithm; None for a
-            layer without a state.
-    """
-
-    nheads: int
-    values: Tensor
-    inputs: Tensor
-    log_decay: Tensor | None = None
-
-    @abstractmethod
-    def operator(self, heads: slice = ALL) -> Tensor:
-        """`(batch, heads, seqlen, seqlen)`, the operator's matrix of some heads, without the skip D."""
-
-    @abstractmethod
-    def unified(self, heads: slice = ALL) -> Tensor:
-        """`(batch, heads, seqlen, seqlen)`, the mean of `channel` over the channels of some heads."""
-
-    @abstractmethod
-    def channel(self, index: int) -> tuple[Tensor, Tensor]:
-        """The exact map of one channel: `matrix @ inputs[:, :, index] + offset` is what enters the output projection.
-
-        Returns:
-            `(batch, seqlen, seqlen)`, and the part `(batch, seqlen)` that depends on no token (a convolution's bias).
-        """
-
-
+@torch.no_grad()
 def look(mixer: nn.Module, u: Tensor) -> LayerView | None:
     """A mixer as matrices at the input `u`.
 
     Args:
-        mixer: `Mamba2` or `Attention`; an `MLP` mixes no tokens.
+        mixer: `Mamba2`, `Mamba`, `Attention`, or several in `Parallel`; an `MLP` or `MoE` mixes no tokens.
         u: `(batch, seqlen, d_model)`, what the mixer reads, in the dtype of its matrices.
 
     Returns:
@@ -80,40 +47,64 @@ def look(mixer: nn.Module, u: Tensor) -> LayerView | None:
         >>> view.operator().shape
         torch.Size([1, 4, 5, 5])
     """
-    if isinstance(mixer, MLP):
+    if isinstance(mixer, (MLP, MoE)):
         return None
     kind = next((kind for kind in VIEWS if isinstance(mixer, kind)), None)
     if kind is None:
         known = ", ".join(sorted(kind.__name__ for kind in VIEWS))
         raise TypeError(f"a {type(mixer).__name__} cannot be written as a matrix here; the known layers are {known}.")
-    with torch.no_grad():
-        return VIEWS[kind](mixer, u)
+    return VIEWS[kind](mixer, u)
 
 
-class Mamba2View(LayerView):
+class HeadView(SurroundedView):
+    """A layer whose channels share one matrix a head.
+
+    Attributes:
+        values: `(batch, seqlen, nheads, headdim)`, what the operator matrices multiply.
+        skip: D, `(nheads,)`, what is added to the operator's diagonal; None for no skip.
+    """
+
+    values: Tensor
+    skip: Tensor | None = None
+
+    def weighted(self, heads: slice, channels: slice, left: Tensor, right: Tensor) -> Tensor:
+        """The operator's matrix with the skip, times the sum over the channels of what surrounds it."""
+        inner = self.operator(heads)
+        if self.skip is not None:
+            inner.diagonal(dim1=-2, dim2=-1).add_(self.skip[heads].unsqueeze(-1))
+        return torch.einsum("kblhp,bshp->kbhls", left, right).mul_(inner)
+
+
+class Mamba2View(HeadView):
     """Mamba-2: head h's matrix is (C_i · B_j) exp(Σ_{j<k<=i} Δ_k A) Δ_j, shared by the head's channels."""
 
     def __init__(self, mixer: Mamba2, u: Tensor):
-        dtype = accumulation_dtype(u.dtype)
-        heads, groups = (mixer.nheads, mixer.headdim), (mixer.ngroups, mixer.d_state)
+        dtype, nheads = accumulation_dtype(u.dtype), mixer.nheads
         weight, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
-        z, xBC, dt = F.linear(u, mixer.in_proj.weight, mixer.in_proj.bias).split(
-            [mixer.d_inner, mixer.conv1d.in_channels, mixer.nheads], dim=-1
-        )
+        projected = apply_linear(mixer.in_proj, u)
+        if mixer.projection_scales is not None:
+            projected = projected * mixer._scales(projected)
+        z, xBC, dt = projected.split([mixer.d_inner, mixer.conv1d.in_channels, nheads], dim=-1)
         before = causal_conv1d(xBC, weight, bias).y
-        x, B, C = F.silu(before).split([mixer.d_inner, groups[0] * groups[1], groups[0] * groups[1]], dim=-1)
-        x, B, C = x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups)
+        x, B, C = mixer._inputs(before if mixer.feature_map is not None else F.silu(before), None)
         A = -torch.exp(mixer.A_log)
         y = ssd(x, dt, A, B, C, D=mixer.D, dt_bias=mixer.dt_bias, dt_softplus=True, dt_limit=mixer.dt_limit).y
-        self.nheads, self.values, self.inputs = mixer.nheads, x.to(dtype), xBC[..., : mixer.d_inner].to(dtype)
-        self._dt = F.softplus(dt.to(dtype) + mixer.dt_bias).clamp(*mixer.dt_limit)
-        self._dA, self._B, self._C, self._D = self._dt * A, B.to(dtype), C.to(dtype), mixer.D.detach().to(dtype)
-        self.log_decay = self._dA.unsqueeze(-1)
-        # The three factors of the unified view: SiLU's, by (token, head, channel); the taps; gate and norm.
-        self._slope = torch.sigmoid(before[..., : mixer.d_inner].to(dtype)).unflatten(-1, heads)
-        self._taps = weight[: mixer.d_inner].to(dtype).unflatten(0, heads)
-        self._bias = None if bias is None else bias[: mixer.d_inner].to(dtype).unflatten(0, heads)
-        self._gate = _gate_and_norm(mixer, y.flatten(-2).to(dtype), z.to(dtype)).unflatten(-1, heads)
+        self.nheads, self.values, self.skip = nheads, x.to(dtype), mixer.D.detach().to(dtype)
+        self._dt = F.softplus(dt.to(dtype) + mixer.dt_bias).clamp(*mixer.dt_limit).to(dtype)
+        self._dA, self._B, self._C = (self._dt * A).to(dtype), B.to(dtype), C.to(dtype)
+
+        def of_x(t: Tensor, dim: int = -1) -> Tensor:
+            """The part of the convolution's channels that is x, by head."""
+            part = t.narrow(dim, 0, mixer.heads.v * mixer.headdim).to(dtype).movedim(dim, -1)
+            return expand_heads(part.unflatten(-1, (mixer.heads.v, mixer.headdim)), nheads)
+
+        self.inputs = of_x(xBC).flatten(-2)
+        self.around = Surroundings(
+            gate=_gate_and_norm(mixer, y.flatten(-2).to(dtype), z.to(dtype)).unflatten(-1, (nheads, mixer.headdim)),
+            slope=torch.sigmoid(of_x(before)),
+            taps=of_x(weight, 0).movedim(0, -1),
+            bias=None if bias is None else of_x(bias),
+        )
 
     def operator(self, heads: slice = ALL) -> Tensor:
         """(C_i · B_j) exp(Σ_{j<k<=i} Δ_k A) Δ_j (equation 16 of arXiv 2405.21060), `(batch, heads, seqlen, seqlen)`."""
@@ -123,71 +114,104 @@ class Mamba2View(LayerView):
         decay = segment_sum(self._dA[:, :, heads].transpose(1, 2)).exp_()
         return decay.mul_(scores[:, group - first]).mul_(self._dt[:, :, heads].transpose(1, 2).unsqueeze(-2))
 
-    def unified(self, heads: slice = ALL) -> Tensor:
-        """Gate, norm, skip, SSD and convolution as one matrix, the mean over a head's channels."""
-        inner = self._with_skip(heads)
-        gate, slope = self._gate[:, :, heads], self._slope[:, :, heads]
-        total = torch.zeros_like(inner)
-        for delay, tap in enumerate(self._taps[heads].flip(-1).unbind(-1)):
-            # The channels of a head share `inner`; only what surrounds it is averaged, as a product over channels.
-            part = torch.einsum("blhp,bshp->bhls", gate * (tap / gate.shape[-1]), slope).mul_(inner)
-            total[..., : max(total.shape[-1] - delay, 0)] += part[..., delay:]
-        return total
-
-    def channel(self, index: int) -> tuple[Tensor, Tensor]:
-        """The map of channel `index` of x, exactly."""
-        head, p = divmod(index, self.values.shape[-1])
-        after = self._with_skip(slice(head, head + 1))[:, 0] * self._slope[:, None, :, head, p]
-        after = after * self._gate[:, :, head, p].unsqueeze(-1)
-        bias = 0.0 if self._bias is None else self._bias[head, p]
-        matrix = torch.zeros_like(after)
-        for delay, tap in enumerate(self._taps[head, p].flip(-1)):
-            matrix[..., : max(matrix.shape[-1] - delay, 0)] += tap * after[..., delay:]
-        return matrix, after.sum(-1) * bias
-
-    def _with_skip(self, heads: slice) -> Tensor:
-        matrix = self.operator(heads)
-        matrix.diagonal(dim1=-2, dim2=-1).add_(self._D[heads].unsqueeze(-1))
-        return matrix
+    def log_decay(self, heads: slice = ALL) -> Tensor:
+        """Δ_t A, one rate a head."""
+        return self._dA[:, :, heads].unsqueeze(-1)
 
 
-class AttentionView(LayerView):
-    """Softmax attention: its matrix is there already; nothing surrounds it, so that both views agree."""
+class AttentionView(HeadView):
+    """Softmax attention: its matrix is there already; only a convolution may stand before it."""
 
     def __init__(self, mixer: Attention, u: Tensor):
         dtype = accumulation_dtype(u.dtype)
-        q, k, v = (
-            F.linear(u, p.weight, p.bias).to(dtype).unflatten(-1, (-1, mixer.head_dim)).transpose(1, 2)
-            for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
-        )
+        qkv = [apply_linear(p, u) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+        widths, before = [t.shape[-1] for t in qkv], qkv[2]
+        taps, bias = u.new_ones(widths[2], 1), None
+        if (conv := mixer.conv1d) is not None:
+            weight = conv.weight.squeeze(1)
+            qkv = causal_conv1d(torch.cat(qkv, dim=-1), weight, conv.bias).y.split(widths, dim=-1)
+            taps, bias = weight[-widths[2] :], None if conv.bias is None else conv.bias[-widths[2] :]
+        q, k, v = (t.to(dtype).unflatten(-1, (-1, mixer.head_dim)) for t in qkv)
         if mixer.rope_theta is not None:
             positions = torch.arange(u.shape[1], device=u.device).expand(u.shape[:2])
-            q, k = rotate(q, positions, mixer.rope_theta), rotate(k, positions, mixer.rope_theta)
-        self.nheads, self._shared = q.shape[1], q.shape[1] // k.shape[1]
-        self._q, self._k = q * mixer.head_dim**-0.5, k
-        self.values = v.repeat_interleave(self._shared, dim=1).transpose(1, 2)
-        self.inputs = self.values.flatten(-2)
+            q, k = (
+                rotate(t.transpose(1, 2), positions, mixer.rope_theta, mixer.rotary_dim).transpose(1, 2) for t in (q, k)
+            )
+        self.nheads = q.shape[2]
+        self._q, self._k = q, expand_heads(k, self.nheads)
+        self._scale = mixer.head_dim**-0.5 if mixer.scale is None else mixer.scale
+
+        def by_head(t: Tensor) -> Tensor:
+            return expand_heads(t.to(dtype).unflatten(-1, (-1, mixer.head_dim)), self.nheads)
+
+        self.values, self.inputs = expand_heads(v, self.nheads), by_head(before).flatten(-2)
+        ones = torch.ones_like(self.values)
+        taps = by_head(taps.T).movedim(0, -1)
+        self.around = Surroundings(gate=ones, slope=ones, taps=taps, bias=None if bias is None else by_head(bias))
 
     def operator(self, heads: slice = ALL) -> Tensor:
-        """softmax(q kᵀ / √head_dim) over the tokens so far, `(batch, heads, seqlen, seqlen)`."""
-        k = self._k.repeat_interleave(self._shared, dim=1)[:, heads]
-        scores = self._q[:, heads] @ k.transpose(-1, -2)
+        """softmax(q kᵀ scale) over the tokens so far, `(batch, heads, seqlen, seqlen)`."""
+        scores = torch.einsum("blhd,bshd->bhls", self._q[:, :, heads], self._k[:, :, heads]) * self._scale
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         return scores.masked_fill_(hidden, float("-inf")).softmax(-1)
 
+
+class ParallelView(LayerView):
+    """Mixers side by side: their heads and channels one after the other, times the factors of their outputs."""
+
+    def __init__(self, mixer: Parallel, u: Tensor):
+        views = [look(branch, u * scale) for branch, scale in zip(mixer.mixers, mixer.in_scales, strict=True)]
+        self.branches = [view for view in views if view is not None]
+        assert len(self.branches) == len(mixer.mixers)
+        self._scales = mixer.out_scales
+        self.nheads = sum(view.nheads for view in self.branches)
+        self.inputs = torch.cat([view.inputs for view in self.branches], -1)
+
+    def operator(self, heads: slice = ALL) -> Tensor:
+        """The branches' operator matrices."""
+        return torch.cat([view.operator(own) * scale for view, own, scale in self._parts(heads)], 1)
+
     def unified(self, heads: slice = ALL) -> Tensor:
-        """The operator's matrix."""
-        return self.operator(heads)
+        """The branches' unified matrices."""
+        return torch.cat([view.unified(own) * scale for view, own, scale in self._parts(heads)], 1)
 
     def channel(self, index: int) -> tuple[Tensor, Tensor]:
-        """The matrix of the channel's head, and no offset."""
-        head = index // self.values.shape[-1]
-        return self.operator(slice(head, head + 1))[:, 0], self.values.new_zeros(self.values.shape[:2])
+        """The map of a branch's channel."""
+        for view, scale in zip(self.branches, self._scales, strict=True):
+            if index < view.inputs.shape[-1]:
+                matrix, offset = view.channel(index)
+                return matrix * scale, offset * scale
+            index -= view.inputs.shape[-1]
+        raise IndexError(f"the layer has {self.inputs.shape[-1]} channels.")
+
+    def log_decay(self, heads: slice = ALL) -> Tensor:
+        """The branches' decays; 0 for attention, which keeps what it has read."""
+        decays = []
+        for view, own, _ in self._parts(heads):
+            decay = view.log_decay(own)
+            decays.append(
+                self.inputs.new_zeros(*self.inputs.shape[:2], own.stop - own.start, 1) if decay is None else decay
+            )
+        rates = max(decay.shape[-1] for decay in decays)
+        return torch.cat([decay.expand(-1, -1, -1, rates) for decay in decays], 2)
+
+    def _parts(self, heads: slice) -> list[tuple[LayerView, slice, float]]:
+        """The branches that some heads belong to, and which of their own heads these are."""
+        start, stop, _ = heads.indices(self.nheads)
+        parts, first = [], 0
+        for view, scale in zip(self.branches, self._scales, strict=True):
+            own = slice(max(start - first, 0), min(stop - first, view.nheads))
+            if own.start < own.stop:
+                parts.append((view, own, scale))
+            first += view.nheads
+        return parts
 
 
 def _gate_and_norm(mixer: Mamba2, y: Tensor, z: Tensor) -> Tensor:
-    """What the gated norm multiplies y by, `(batch, seqlen, d_inner)`: SiLU(z) times weight over root mean square."""
+    """What gate and norm multiply y by, `(batch, seqlen, d_inner)`: SiLU(z) times weight over root mean square."""
     norm, gate = mixer.norm, F.silu(z)
+    if norm is None:
+        return gate
     normalised = y if norm.norm_before_gate else y * gate
     group = norm.group_size or y.shape[-1]
     mean = normalised.unflatten(-1, (-1, group)).square().mean(-1, keepdim=True)
@@ -195,4 +219,9 @@ def _gate_and_norm(mixer: Mamba2, y: Tensor, z: Tensor) -> Tensor:
     return gate * scale * norm.weight
 
 
-VIEWS: dict[type[nn.Module], type] = {Mamba2: Mamba2View, Attention: AttentionView}
+VIEWS: dict[type[nn.Module], type] = {
+    Mamba2: Mamba2View,
+    Mamba: MambaView,
+    Attention: AttentionView,
+    Parallel: ParallelView,
+}

@@ -69,15 +69,16 @@ def test_weighted_mixing_entry_by_entry(nheads: int, seqlen: int) -> None:
         assert actual[i, j].item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
-@pytest.mark.parametrize("pattern", ["MM", "M*-M"])
-def test_gradients_layer_by_layer_are_those_of_the_whole_model(pattern):
+@pytest.mark.parametrize(("pattern", "scale"), [("MM", 1.0), ("M*-mP", 0.6)])
+def test_gradients_layer_by_layer_are_those_of_the_whole_model(pattern, scale):
     torch.manual_seed(1)
-    config = ModelConfig(d_model=16, pattern=pattern, vocab_size=20, d_state=4, headdim=8, embedding_std=1.0)
+    sizes = {"d_model": 16, "vocab_size": 20, "d_state": 4, "headdim": 8, "embedding_std": 1.0}
+    config = ModelConfig(pattern=pattern, embedding_scale=scale, residual_scale=scale, logits_scale=scale, **sizes)
     model = MambaLM(config).double()
     tokens = torch.randint(20, (1, 7))
     stream = residual_stream(model, tokens)
     torch.testing.assert_close(
-        torch.nn.functional.linear(model.norm_f(stream[-1]), model.output_weight), model(tokens).logits
+        scale * torch.nn.functional.linear(model.norm_f(stream[-1]), model.output_weight), model(tokens).logits
     )
     found = list(logit_gradients(model, stream, position=4, target=3))[::-1]
     assert len(found) == config.n_layers + 1
@@ -86,7 +87,7 @@ def test_gradients_layer_by_layer_are_those_of_the_whole_model(pattern):
         top = h
         for block in itertools.islice(model.layers, first, None):
             top = block(top)[0]
-        logit = (model.norm_f(top) @ model.output_weight.T)[0, 4, 3]
+        logit = scale * (model.norm_f(top) @ model.output_weight.T)[0, 4, 3]
         (expected,) = torch.autograd.grad(logit, h)
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13)
         assert (actual[:, 5:] == 0).all()

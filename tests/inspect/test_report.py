@@ -16,8 +16,9 @@ from dualscan.models.lm import MambaLM
 @pytest.fixture(scope="module")
 def model() -> MambaLM:
     torch.manual_seed(2)
-    config = ModelConfig(d_model=32, pattern="M*-M", vocab_size=30, d_state=8, headdim=8, n_heads=2, embedding_std=1.0)
-    return MambaLM(config).double()
+    sizes = {"d_model": 32, "vocab_size": 30, "d_state": 8, "headdim": 8, "n_heads": 2, "embedding_std": 1.0}
+    scales = {"embedding_scale": 2.0, "residual_scale": 0.7, "logits_scale": 0.3}
+    return MambaLM(ModelConfig(pattern="M*-mP", **sizes, **scales)).double()
 
 
 TOKENS = torch.randint(30, (17,), generator=torch.Generator().manual_seed(3))
@@ -30,9 +31,9 @@ def test_report_is_what_its_parts_say(model, monkeypatch, block_bytes):
     stream = residual_stream(model, TOKENS[None])
     gradients = list(logit_gradients(model, stream, position=-1, target=5))[::-1]
     kinds = [(layer.index, layer.kind) for layer in seen.layers]
-    assert kinds == [(0, "mamba2"), (1, "attention"), (3, "mamba2")]
+    assert kinds == [(0, "mamba2"), (1, "attention"), (3, "mamba"), (4, "parallel")]
     assert (seen.map_block, seen.mean_block) == (3, 1)
-    looked = ((i, look(model.layers[i].mixer, model.layers[i].norm(stream[i]))) for i in range(4))
+    looked = ((i, look(model.layers[i].mixer, model.layers[i].norm(stream[i]))) for i in range(5))
     views = {i: view for i, view in looked if view is not None}
     for name in VIEWS:
         matrices = {i: getattr(view, name)()[0] for i, view in views.items()}
@@ -47,7 +48,7 @@ def test_report_is_what_its_parts_say(model, monkeypatch, block_bytes):
         for name in VIEWS:
             context = effective_context(getattr(views[layer.index], name)()[0])[:, 8:].double().mean(-1)
             torch.testing.assert_close(layer.context[name], context)
-        log_decay = views[layer.index].log_decay
+        log_decay = views[layer.index].log_decay()
         assert (log_decay is None) == (layer.half_lives is None) == (layer.kind == "attention")
         if log_decay is not None:
             torch.testing.assert_close(layer.half_lives, spectrum(log_decay))
