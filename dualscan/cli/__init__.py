@@ -1,4 +1,4 @@
-"""The command line: `dualscan train | generate | eval | inspect | bench | env | demo`.
+"""The command line: `dualscan train | generate | convert | eval | inspect | bench | env | demo`.
 
 Each command is a module with `main(argv) -> int`, imported when it is asked for, so that `dualscan --help` loads
 nothing. Errors that a user can mend become one line on stderr. Exit codes: 0 done, 1 a run failed (diverged, disk
@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": "train a small Mamba-2 on the built-in text in three minutes, check it, let it write",
     "train": "train a language model",
     "generate": "continue a text with a trained model",
+    "convert": "a checkpoint from one program's format to another's: transformers, mamba_ssm, ours",
     "eval": "bits per byte and perplexity of a model on a file",
     "inspect": "what the layers of a model mix at one text, as a page of pictures",
     "bench": "run benchmarks (in a checkout of the project)",

@@ -11,11 +11,10 @@ import torch
 from tyro.conf import Positional
 
 from dualscan.cli._arguments import parse
-from dualscan.data.tokenizer import load_tokenizer
+from dualscan.cli._checkpoints import find, tokenizer_of
 from dualscan.generate.sampling import Sampling
 from dualscan.generate.text import stream_text
-from dualscan.models.weights import load
-from dualscan.train import checkpoint
+from dualscan.models.weights import is_ours, load
 from dualscan.train.runtime import pick_device
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -26,7 +25,9 @@ class GenerateArguments:
     """Continue a text with a trained model.
 
     Attributes:
-        folder: a run's folder (its newest checkpoint) or a checkpoint's.
+        folder: a run's folder (its newest checkpoint) or a checkpoint's, also of transformers or mamba_ssm.
+        model: instead of a folder, a folder or a repository of the Hugging Face hub, which is fetched.
+        tokenizer: a folder, a file or a repository with a tokenizer, where the checkpoint has none.
         prompt: what the text begins with.
         max_tokens: tokens to make at most.
         temperature: divides the logits; 0 is greedy.
@@ -40,7 +41,9 @@ class GenerateArguments:
         dtype: of the matrices.
     """
 
-    folder: Positional[Path]
+    folder: Positional[Path | None] = None
+    model: str | None = None
+    tokenizer: str | None = None
     prompt: str = ""
     max_tokens: int = 400
     temperature: float = 0.8
@@ -64,8 +67,13 @@ def main(argv: Sequence[str]) -> int:
         min_p=arguments.min_p,
         repetition_penalty=arguments.repetition_penalty,
     )
-    folder = checkpoint.find(arguments.folder)
-    tokenizer = load_tokenizer(folder)
+    if (arguments.folder is None) == (arguments.model is None):
+        raise ValueError(
+            "give a folder, or --model with a folder or a repository of the hub, and not both; "
+            "`dualscan generate --help` lists the options."
+        )
+    folder = find(arguments.folder or arguments.model or "")
+    tokenizer = tokenizer_of(folder, arguments.tokenizer)
     model = load(folder, dtype=_DTYPES[arguments.dtype], device=pick_device(arguments.device))
     pieces = stream_text(
         model,
@@ -75,6 +83,8 @@ def main(argv: Sequence[str]) -> int:
         sampling=sampling,
         stop=arguments.stop,
         seed=arguments.seed,
+        # Another program's tokenizer says what its models' texts begin with.
+        opening=None if is_ours(folder) else tokenizer.opening(),
     )
     started = time.perf_counter()
     written = show(arguments.prompt, pieces)

@@ -48,6 +48,10 @@ class Tokenizer(Protocol):
         """The ids of a text, without any end-of-document id: special tokens spelt out in the text are ordinary text."""
         ...
 
+    def opening(self) -> list[int]:
+        """The ids that a text begins with, where another program trained the model."""
+        ...
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of several texts, as integer arrays."""
         ...
@@ -87,6 +91,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """The UTF-8 bytes of a text."""
         return list(_utf8(text))
+
+    def opening(self) -> list[int]:
+        """The ids before a text: the end of the document before it."""
+        return [self.eos_id]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The UTF-8 bytes of several texts, as uint8 arrays."""
@@ -182,6 +190,11 @@ class HFTokenizer:
         """The ids of a text, without special tokens."""
         _utf8(text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def opening(self) -> list[int]:
+        """The special ids that the tokenizer itself puts before a text: its beginning-of-sequence id, often nothing."""
+        ids = self._tokenizer.encode("", add_special_tokens=True).ids
+        return ids[:-1] if ids[-1:] == [self.eos_id] else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of several texts as int64 arrays, on all cores."""

@@ -68,6 +68,7 @@ def stream_text(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     seed: int | None = None,
+    opening: Sequence[int] | None = None,
 ) -> Iterator[str]:
     """Continues a text, piece by piece.
 
@@ -82,11 +83,14 @@ def stream_text(
         sampling: how a token is drawn; None is plain sampling at temperature 1.
         stop: strings that end the text; they are not part of it.
         seed: equal seeds write equal texts on one device.
+        opening: ids before the prompt, for models that were trained with others than `[eos_id]`, which None is.
 
     Yields:
         Non-empty pieces of text that join to the continuation, without the prompt.
     """
-    prompt_ids = torch.tensor([[tokenizer.eos_id, *tokenizer.encode(prompt)]], dtype=torch.int64)
+    # Something has to come before the first token.
+    ids = [*([tokenizer.eos_id] if opening is None else opening), *tokenizer.encode(prompt)] or [tokenizer.eos_id]
+    prompt_ids = torch.tensor([ids], dtype=torch.int64)
     decoder, stop_filter = StreamDecoder(tokenizer), StopFilter(stop)
     tokens = stream(
         model,

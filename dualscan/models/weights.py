@@ -317,6 +317,11 @@ def load_config(folder: str | Path) -> ModelConfig:
     return _configuration(folder, _read_config(folder))[1]
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a checkpoint's folder is in our own format."""
+    return _read_config(folder).get("format") == FORMAT
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 VOCABULARY = 67  # odd: nothing may be padded unless the family says so
 
@@ -169,7 +169,7 @@ CASES = [
 ]
 
 
-def make(case: Case) -> nn.Module:
+def make(case: Case) -> Any:
     """The model of transformers; weights that are zeros or ones at first are random, too."""
     settings = dict(case.settings)
     config = getattr(transformers, settings.pop("class"))(**settings)
@@ -185,7 +185,7 @@ def make(case: Case) -> nn.Module:
     return model
 
 
-def saved(case: Case, folder: Path, **options: Any) -> nn.Module:
+def saved(case: Case, folder: Path, **options: Any) -> Any:
     """Writes the model into a folder as transformers does."""
     model = make(case)
     model.save_pretrained(folder, **options)

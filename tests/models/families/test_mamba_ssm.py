@@ -55,19 +55,20 @@ class Reference(nn.Module):
         self.config = config
         multiple = config.get("pad_vocab_size_multiple", 8)
         rows = -(-V // multiple) * multiple
-        self.backbone = nn.Module()
+        self.backbone: Any = nn.Module()
         self.backbone.embedding = nn.Embedding(rows, D)
         self.backbone.layers = nn.ModuleList(self._block(i) for i in range(config["n_layer"]))
         self.backbone.norm_f = nn.RMSNorm(D, eps=1e-5)
-        self.lm_head = nn.Linear(D, rows, bias=False)
+        self.lm_head: Any = nn.Linear(D, rows, bias=False)
         with torch.no_grad():
             for p in self.parameters():
                 p.copy_(torch.randn_like(p) * (0.3 if p.ndim > 1 else 0.2) + (p.ndim == 1))
         if config.get("tie_embeddings", True):
             self.lm_head.weight = self.backbone.embedding.weight
 
-    def _block(self, index: int) -> nn.Module:
-        block, ssm = nn.Module(), self.config["ssm_cfg"]
+    def _block(self, index: int) -> Any:
+        block: Any = nn.Module()
+        ssm = self.config["ssm_cfg"]
         block.norm = nn.RMSNorm(D, eps=1e-5)
         if index in self.config.get("attn_layer_idx", ()):
             attention = self.config["attn_cfg"]
@@ -113,7 +114,7 @@ class Reference(nn.Module):
                 h = h + block.mlp.fc2(up * F.silu(gate))
         return self.lm_head(self.backbone.norm_f(h))
 
-    def _attend(self, mixer: nn.Module, u: Tensor) -> Tensor:
+    def _attend(self, mixer: Any, u: Tensor) -> Tensor:
         settings = self.config["attn_cfg"]
         heads = settings["num_heads"]
         kv_heads = settings.get("num_heads_kv", heads)

@@ -1,5 +1,7 @@
 """TII's Falcon-H1 as transformers stores it: Mamba-2 and attention side by side, then a SwiGLU, with many factors."""
 
+from typing import Any
+
 from dualscan.models.config import ModelConfig
 from dualscan.models.families.family import Family
 from dualscan.models.families.hf import blocks
@@ -11,6 +13,7 @@ def _config(settings: Settings) -> ModelConfig:
     bias = settings("mamba_proj_bias", False)
     settings.only("projectors_bias", bias, default=False, lacks="a bias on one of Mamba-2's two projections alone")
     attention, width = blocks.attention(settings), settings("hidden_size")
+    scales: Any = tuple(settings("ssm_multipliers", None) or (1.0,) * 5)
     gate, mlp = settings("mlp_multipliers", None) or (1.0, 1.0)
     return ModelConfig(
         pattern="P-" * settings("num_hidden_layers"),
@@ -23,7 +26,7 @@ def _config(settings: Settings) -> ModelConfig:
         **blocks.rotary(settings),
         # Keys times a constant are scores times a constant.
         attention_scale=settings("key_multiplier", 1.0) * attention["head_dim"] ** -0.5,
-        projection_scales=tuple(settings("ssm_multipliers", None) or (1.0,) * 5),
+        projection_scales=scales,
         branch_scales=(
             settings("ssm_in_multiplier", 1.0),
             settings("ssm_out_multiplier", 1.0),

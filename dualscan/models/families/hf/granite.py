@@ -1,5 +1,7 @@
 """IBM's Granite 4 as transformers stores it: `model_type` "granitemoehybrid", Mamba-2 or attention and then experts."""
 
+from typing import Any
+
 from dualscan.models.config import ModelConfig
 from dualscan.models.families.family import Family
 from dualscan.models.families.hf import blocks
@@ -32,7 +34,7 @@ def _config(settings: Settings) -> ModelConfig:
     )
 
 
-def _experts(settings: Settings) -> dict[str, int]:
+def _experts(settings: Settings) -> dict[str, Any]:
     return {
         "n_experts": settings("num_local_experts"),
         "experts_per_token": settings("num_experts_per_tok"),

@@ -1,0 +1,101 @@
+"""Checkpoints of other programs on the command line: generate from them, convert them there and back."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+import dualscan
+from tests.models.families.cases import CASES, VOCABULARY, saved
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A folder as transformers writes it, with a tokenizer of letters that opens a text with <s>."""
+    folder = tmp_path / "theirs"
+    saved(next(case for case in CASES if case.family == "mamba2"), folder)
+    letters = [*pre_tokenizers.ByteLevel.alphabet()]
+    vocabulary = {token: i for i, token in enumerate(["</s>", "<s>", *sorted(letters, key=ord)[: VOCABULARY - 2]])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>", "<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_generate_from_a_folder_of_transformers(command: Command, theirs: Path, named: bool) -> None:
+    options = ("--prompt", "AB", "--max-tokens", 7, "--temperature", 0)
+    code, out, _ = command("generate", *(("--model", theirs) if named else (theirs,)), *options)
+    assert code == 0
+    # As the model alone would go on after <s> and the prompt.
+    model = dualscan.load(theirs)
+    tokenizer = Tokenizer.from_file(str(theirs / "tokenizer.json"))
+    ids = tokenizer.encode("AB").ids
+    assert ids[0] == 1
+    made = model.generate(torch.tensor([ids]), max_tokens=7, temperature=0.0, stop_ids=(0,))
+    assert out == "AB" + tokenizer.decode(made.tokens[0, : made.lengths[0]].tolist()) + "\n"
+
+
+def test_generate_wants_one_model(command: Command, theirs: Path) -> None:
+    for arguments in ((), (theirs, "--model", theirs)):
+        code, _, err = command("generate", *arguments)
+        assert code == 2
+        assert err.splitlines()[-1].startswith("error: give a folder, or --model")
+
+
+def test_a_checkpoint_without_a_tokenizer(command: Command, theirs: Path, tmp_path: Path) -> None:
+    (theirs / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (theirs / "tokenizer_config.json").rename(tmp_path / "tokenizer_config.json")
+    code, _, err = command("generate", theirs)
+    assert code == 2
+    assert "--tokenizer" in err.splitlines()[-1]
+    options = ("--max-tokens", 3, "--tokenizer", tmp_path / "tokenizer.json")
+    assert command("generate", theirs, *options)[0] == 0
+
+
+def test_convert_there_and_back(command: Command, theirs: Path, tmp_path: Path) -> None:
+    code, _, err = command("convert", theirs, tmp_path / "ours")
+    assert code == 0
+    assert "mamba2 to dualscan" in err
+    code, _, err = command("convert", tmp_path / "ours", tmp_path / "back")
+    assert code == 0
+    assert "dualscan to mamba2" in err
+    before, after = (load_file(folder / "model.safetensors") for folder in (theirs, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((theirs / "config.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (theirs / name).read_bytes()
+
+
+def test_convert_a_run(command: Command, run: Path, tmp_path: Path) -> None:
+    code, _, err = command("convert", run, tmp_path / "out")
+    assert (code, err.splitlines()[-1].count("say --to what")) == (2, 1)
+    assert command("convert", run, tmp_path / "out", "--to", "mamba_ssm", "--dtype", "bf16")[0] == 0
+    model = dualscan.load(tmp_path / "out")
+    assert model.source is not None
+    assert model.source.family == "mamba_ssm"
+    assert model.embedding.weight.dtype == torch.bfloat16
+
+
+def test_convert_refuses(command: Command, theirs: Path, tmp_path: Path) -> None:
+    for arguments, words in (
+        ((theirs, theirs), "holds a checkpoint already"),
+        ((theirs, tmp_path / "out", "--to", "gguf"), "unknown family 'gguf'"),
+        ((theirs, tmp_path / "out", "--to", "bamba"), "saved as one"),
+        (("no/where", tmp_path / "out"), "no/where is no folder here"),
+    ):
+        code, _, err = command("convert", *arguments)
+        assert code == 2
+        assert words in err.splitlines()[-1]
+        assert not (tmp_path / "out").exists()
