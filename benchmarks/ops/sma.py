@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job."""
     parser = argparse.ArgumentParser(prog="dualscan bench sma", description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.0, help="about how long each measurement takes")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more of them wait for each other")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="T", help="tokens")
     parser.add_argument("--save", action="store_true", help="write the result file that the pages are made from")
     args = parser.parse_args(argv)
