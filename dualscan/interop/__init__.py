@@ -5,25 +5,36 @@ from typing import TYPE_CHECKING, Any
 
 from dualscan.interop.extras import require
 
-# Public name -> the module that defines it, and the package and extra that it needs. Names load on first use.
-_TRANSFORMERS = "transformers", "hf"
+# Public name -> the module that defines it. Names load on first use.
 _PUBLIC = {
-    "use_in_transformers": ("dualscan.interop.patch", *_TRANSFORMERS),
-    "register_with_transformers": ("dualscan.interop.causal_lm", *_TRANSFORMERS),
-    "DualscanConfig": ("dualscan.interop.causal_lm", *_TRANSFORMERS),
-    "DualscanForCausalLM": ("dualscan.interop.causal_lm", *_TRANSFORMERS),
+    "use_in_transformers": "dualscan.interop.patch",
+    "register_with_transformers": "dualscan.interop.causal_lm",
+    "DualscanConfig": "dualscan.interop.causal_lm",
+    "DualscanForCausalLM": "dualscan.interop.causal_lm",
+    "export_prefill": "dualscan.interop.export",
+    "export_step": "dualscan.interop.export",
+    "save_onnx": "dualscan.interop.export",
 }
 
-__all__ = ["DualscanConfig", "DualscanForCausalLM", "register_with_transformers", "use_in_transformers"]
+__all__ = [
+    "DualscanConfig",
+    "DualscanForCausalLM",
+    "export_prefill",
+    "export_step",
+    "register_with_transformers",
+    "save_onnx",
+    "use_in_transformers",
+]
 
 if TYPE_CHECKING:
     from dualscan.interop.causal_lm import DualscanConfig, DualscanForCausalLM, register_with_transformers
+    from dualscan.interop.export import export_prefill, export_step, save_onnx
     from dualscan.interop.patch import use_in_transformers
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'dualscan.interop' has no attribute {name!r}")
-    module, package, extra = _PUBLIC[name]
-    require(package, extra)
-    return getattr(import_module(module), name)
+    if _PUBLIC[name] == "dualscan.interop.causal_lm":
+        require("transformers", "hf")
+    return getattr(import_module(_PUBLIC[name]), name)
