@@ -5,11 +5,11 @@
 
 from dualscan.semiseparable import algebra as algebra  # registers the closed forms
 from dualscan.semiseparable.costs import Cost, count
-from dualscan.semiseparable.matrix import Dense, StructuredMatrix, closed
+from dualscan.semiseparable.matrix import Dense, Diagonal, StructuredMatrix, closed
 from dualscan.semiseparable.ranks import block_ranks
 from dualscan.semiseparable.scans import scan
 from dualscan.semiseparable.sss import OneSemiseparable, SemiseparableMatrix, as_semiseparable
-from dualscan.semiseparable.structured import Cauchy, Cosine, Diagonal, Fourier, LowRank, Toeplitz, Vandermonde
+from dualscan.semiseparable.structured import Cauchy, Cosine, Fourier, LowRank, Toeplitz, Vandermonde
 
 __all__ = [
     "Cauchy",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dualscan.semiseparable import modes
-from dualscan.semiseparable.matrix import Product, StructuredMatrix, closed
+from dualscan.semiseparable.matrix import Diagonal, Product, StructuredMatrix, closed
 from dualscan.semiseparable.sss import OneSemiseparable, SemiseparableMatrix, as_semiseparable
-from dualscan.semiseparable.structured import Diagonal, LowRank, Toeplitz
+from dualscan.semiseparable.structured import LowRank, Toeplitz
 
 
 @closed(operator.add, Toeplitz, Toeplitz)

@@ -5,6 +5,7 @@ appendix B of arXiv 2405.21060).
 """
 
 import math
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -44,22 +45,21 @@ def count(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
     Returns:
         The `Cost` of this call.
 
+    Raises:
+        NotImplementedError: when the function calls an operation of PyTorch whose cost is not known here.
+
     Example:
         >>> count(torch.matmul, torch.ones(4, 8), torch.ones(8, 2))
         Cost(flops=128, matmul_flops=128, depth=4, memory=8)
 
     Note:
         A tensor is ready when all of its elements are: where an algorithm goes on with a part of a tensor, its depth is
-        an upper bound.
+        an upper bound. Operations on complex numbers count once. A Fourier transform of n numbers counts 5 n log2 n
+        operations, half of them when its input or output is real (the convention of its benchmarks).
     """
     with torch.no_grad(), _Counter() as counter:
         function(*args, **kwargs)
     return Cost(counter.flops, counter.matmul_flops, counter.depth, counter.peak)
-
-
-# Elementwise to PyTorch, and no arithmetic.
-_MOVES = {"clone", "_to_copy", "copy_", "fill_", "zero_", "where", "masked_fill", "conj_physical", "real", "imag"}
-_COMPARES = {"eq", "ne", "lt", "le", "gt", "ge", "bitwise_not", "logical_not", "bitwise_and", "logical_and"}
 
 
 class _Counter(TorchDispatchMode):
@@ -105,6 +105,15 @@ class _Counter(TorchDispatchMode):
 _PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
 _SCANS = {"cumsum", "cumprod"}
 _REDUCTIONS = {"sum", "mean", "prod"}
+_SOFTMAX = {"_softmax", "_log_softmax"}
+# Operations a number and level: complex, real to complex, complex to real.
+_TRANSFORMS = {"_fft_c2c": 5.0, "_fft_r2c": 2.5, "_fft_c2r": 2.5}
+# What moves or orders numbers; some of it is elementwise to PyTorch.
+_MOVES = re.compile(
+    "_to_copy|_unsafe_view|alias|amax|amin|cat|clone|complex|conj_physical|constant_pad_nd|copy_|diag_embed|fill_|flip|"
+    "gather|imag|index|index_put|index_select|lift_fresh|masked_fill|max|maximum|min|minimum|new_.*|.*_like|polar|real|"
+    "repeat|resolve_conj|roll|scatter|slice_scatter|sort|stack|tril|triu|where|zero_"
+)
 
 
 def _name(func: Any) -> str:
@@ -114,6 +123,10 @@ def _name(func: Any) -> str:
 def _arithmetic(func: Any, args: Any, outputs: list[Tensor]) -> tuple[int, int]:
     """Operations, and the steps they take when each is done as soon as it can be."""
     name = _name(func)
+    takes_numbers = any(isinstance(leaf, Tensor) for leaf in tree_leaves(args))
+    compares = bool(outputs) and all(out.dtype == torch.bool for out in outputs)
+    if func.is_view or compares or not takes_numbers or _MOVES.fullmatch(name):
+        return 0, 0
     if name in _PRODUCTS:
         inner = args[_PRODUCTS[name]].shape[-1]
         return 2 * outputs[0].numel() * inner, _levels(inner) + 1
@@ -121,8 +134,16 @@ def _arithmetic(func: Any, args: Any, outputs: list[Tensor]) -> tuple[int, int]:
         return args[0].numel(), _levels(args[0].shape[args[1]])
     if name in _REDUCTIONS:
         return args[0].numel(), _levels(args[0].numel() // max(1, outputs[0].numel()))
-    if torch.Tag.pointwise not in func.tags or name in _MOVES | _COMPARES:
-        return 0, 0
+    if name in _SOFTMAX:  # a difference, an exponential, a sum, a quotient
+        return 4 * args[0].numel(), _levels(args[0].shape[args[1]]) + 3
+    if name in _TRANSFORMS:
+        longer = max(args[0], outputs[0], key=Tensor.numel)
+        levels = _levels(math.prod(longer.shape[dim] for dim in args[1]))
+        return round(_TRANSFORMS[name] * longer.numel() * levels), levels
+    if torch.Tag.pointwise not in func.tags:
+        raise NotImplementedError(
+            f"count knows no cost of {func}; compose it from products, sums and elementwise steps"
+        )
     return outputs[0].numel() * (2 if name.startswith("addcmul") else 1), 1
 
 

@@ -50,8 +50,11 @@ class StructuredMatrix(ABC):
         return False
 
     def matmul(self, x: Tensor) -> Tensor:
-        """M x for `x` of shape `(..., columns, width)`, batch dimensions broadcast: `(..., rows, width)`."""
-        return self.to_dense() @ x
+        """M x for `x` of shape `(..., columns, width)`, batch dimensions broadcast: `(..., rows, width)`.
+
+        `M @ x` has checked the shape, promoted the dtype of x to that of M, and split a complex x where M is real.
+        """
+        return _promoted_product(self.to_dense(), x)
 
     def to_dense(self) -> Tensor:
         """The matrix itself, `(..., rows, columns)`."""
@@ -72,7 +75,7 @@ class StructuredMatrix(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype to which the parameters promote one another; PyTorch's default where there are none."""
-        dtypes = [tensor.dtype for tensor in self.tensors]
+        dtypes = [value.dtype for value in vars(self).values() if isinstance(value, Tensor | StructuredMatrix)]
         return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
 
     @property
@@ -107,14 +110,18 @@ class StructuredMatrix(ABC):
                 + ("unsqueeze a last dimension" if len(given) == 1 else "its columns are the rows of what follows")
             )
         if isinstance(other, Tensor):
-            return self.matmul(other) if other.numel() else self._empty_product(other)
+            return self._multiply(other)
         return _closed_form(operator.matmul, self, other) or Product(self, other)
 
-    def _empty_product(self, x: Tensor) -> Tensor:
-        # Not every Fourier transform takes a tensor without elements.
-        batch = torch.broadcast_shapes(self.shape[:-2], x.shape[:-2])
+    def _multiply(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(self.dtype, x.dtype)
-        return torch.zeros(*batch, self.shape[-2], x.shape[-1], dtype=dtype, device=x.device)
+        if not x.numel():
+            # Not every Fourier transform takes a tensor without elements.
+            batch = torch.broadcast_shapes(self.shape[:-2], x.shape[:-2])
+            return torch.zeros(*batch, self.shape[-2], x.shape[-1], dtype=dtype, device=x.device)
+        if x.is_complex() and not self.dtype.is_complex:
+            return torch.complex(self.matmul(x.real), self.matmul(x.imag))
+        return self.matmul(x.to(dtype))
 
     def __add__(self, other: "StructuredMatrix") -> "StructuredMatrix":
         if not isinstance(other, StructuredMatrix):
@@ -122,12 +129,23 @@ class StructuredMatrix(ABC):
         self._check_same_size(other, "added to")
         return _closed_form(operator.add, self, other) or Sum(self, other)
 
-    def __mul__(self, other: "StructuredMatrix") -> "StructuredMatrix":
-        """The elementwise product; dense unless the two structures have a closed form."""
+    def __mul__(self, other: "complex | StructuredMatrix") -> "StructuredMatrix":
+        """A multiple, or the elementwise product, which is dense unless the two structures have a closed form."""
+        if isinstance(other, int | float | complex):
+            dtype = torch.result_type(torch.zeros(1, dtype=self.dtype), other)
+            return Diagonal(torch.full(self.shape[-2:-1], other, dtype=dtype, device=self.device)) @ self
         if not isinstance(other, StructuredMatrix):
             return NotImplemented
         self._check_same_size(other, "multiplied elementwise with")
         return _closed_form(operator.mul, self, other) or Dense(self.to_dense() * other.to_dense())
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "StructuredMatrix":
+        return self * -1
+
+    def __sub__(self, other: "StructuredMatrix") -> "StructuredMatrix":
+        return self + -other
 
     def _check_same_size(self, other: "StructuredMatrix", what: str) -> None:
         if self.shape[-2:] != other.shape[-2:]:
@@ -201,6 +219,41 @@ class Dense(StructuredMatrix):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Diagonal(StructuredMatrix):
+    """Each token for itself, M_tt = d_t.
+
+    Attributes:
+        values: `(..., T)`.
+
+    Example:
+        >>> (Diagonal(torch.tensor([2.0, 3.0])) @ torch.ones(2, 1)).tolist()
+        [[2.0], [3.0]]
+    """
+
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        check_dimensions("values", self.values, "(..., T)")
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.values.shape, self.values.shape[-1]))
+
+    @property
+    def is_causal(self) -> bool:
+        return True
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.values.unsqueeze(-1) * x
+
+    def to_dense(self) -> Tensor:
+        return torch.diag_embed(self.values)
+
+    def transpose(self) -> "Diagonal":
+        return self
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Sum(StructuredMatrix):
     """left + right, multiplied one after the other."""
 
@@ -245,7 +298,7 @@ class Product(StructuredMatrix):
         return self.left @ (self.right @ x)
 
     def to_dense(self) -> Tensor:
-        return self.left.to_dense() @ self.right.to_dense()
+        return _promoted_product(self.left.to_dense(), self.right.to_dense())
 
     def transpose(self) -> StructuredMatrix:
         return self.right.mT @ self.left.mT
@@ -316,8 +369,20 @@ class Block(StructuredMatrix):
         return self.matrix.mT.block(slice(*self.columns), slice(*self.rows))
 
 
+def _promoted_product(left: Tensor, right: Tensor) -> Tensor:
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
 def _span(piece: slice, length: int) -> tuple[int, int]:
     start, stop, step = piece.indices(length)
     if step != 1:
         raise ValueError(f"a block has adjacent rows and columns, step 1, not step {step}; use to_dense()[...] instead")
     return start, max(start, stop)
+
+
+def check_dimensions(name: str, tensor: Tensor, layout: str) -> None:
+    """ValueError when `tensor` has fewer dimensions than its layout `(..., a, b)` names."""
+    needed = layout.count(",")
+    if tensor.ndim < needed:
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; it must be {layout}")

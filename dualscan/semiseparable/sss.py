@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dualscan.semiseparable import modes, scans
-from dualscan.semiseparable.matrix import StructuredMatrix
+from dualscan.semiseparable.matrix import Diagonal, StructuredMatrix, check_dimensions
 from dualscan.semiseparable.ranks import hankel_factors
-from dualscan.semiseparable.structured import Diagonal, LowRank, check_dimensions
+from dualscan.semiseparable.structured import LowRank
 
 
 @dataclass(frozen=True, eq=False, repr=False)

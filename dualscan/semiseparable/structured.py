@@ -10,42 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dualscan.semiseparable.matrix import StructuredMatrix
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Diagonal(StructuredMatrix):
-    """Each token for itself, M_tt = d_t.
-
-    Attributes:
-        values: `(..., T)`.
-
-    Example:
-        >>> (Diagonal(torch.tensor([2.0, 3.0])) @ torch.ones(2, 1)).tolist()
-        [[2.0], [3.0]]
-    """
-
-    values: Tensor
-
-    def __post_init__(self) -> None:
-        check_dimensions("values", self.values, "(..., T)")
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.values.shape, self.values.shape[-1]))
-
-    @property
-    def is_causal(self) -> bool:
-        return True
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return self.values.unsqueeze(-1) * x
-
-    def to_dense(self) -> Tensor:
-        return torch.diag_embed(self.values)
-
-    def transpose(self) -> "Diagonal":
-        return self
+from dualscan.semiseparable.matrix import StructuredMatrix, check_dimensions
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -316,20 +281,13 @@ class Cosine(StructuredMatrix):
     def matmul(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(self.dtype, x.dtype)
         if dtype.is_complex:
-            return torch.complex(self.matmul(x.real), self.matmul(x.imag))
+            return self @ x  # the real and the imaginary part, one after the other
         x = x.to(torch.promote_types(dtype, torch.float32))
         folded = torch.cat([x[..., ::2, :], x[..., 1::2, :].flip(-2)], dim=-2)
         angles = torch.arange(self.length, dtype=x.dtype, device=x.device) * (math.pi / (2 * self.length))
         weights = torch.full_like(angles, math.sqrt(2 / self.length))
         weights[:1] = math.sqrt(1 / self.length)
         return (torch.polar(weights, -angles).unsqueeze(-1) * torch.fft.fft(folded, dim=-2)).real.to(dtype)
-
-
-def check_dimensions(name: str, tensor: Tensor, layout: str) -> None:
-    """ValueError when `tensor` has fewer dimensions than its layout `(..., a, b)` names."""
-    needed = layout.count(",")
-    if tensor.ndim < needed:
-        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; it must be {layout}")
 
 
 def fast_length(length: int) -> int:

@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualscan.semiseparable import Dense, StructuredMatrix, Toeplitz
+from dualscan.semiseparable import (
+    Cosine,
+    Dense,
+    Fourier,
+    LowRank,
+    SemiseparableMatrix,
+    StructuredMatrix,
+    Toeplitz,
+)
 from tests.oracle import assert_close
 
 DOUBLE = torch.float64
@@ -78,12 +86,40 @@ def test_sum_product_transpose_and_block_are_those_of_dense_matrices(rows, colum
         "elementwise": (toeplitz * other, toeplitz.to_dense() * other.to_dense()),
         "block": (toeplitz.block(slice(top), slice(left, None)), toeplitz.to_dense()[..., :top, left:]),
     }
+    cases["difference"] = (toeplitz - other, toeplitz.to_dense() - other.to_dense())
+    cases["multiple"] = (toeplitz * 3 + 0.5 * other, 3 * toeplitz.to_dense() + 0.5 * other.to_dense())
     for name, (matrix, dense) in cases.items():
         assert matrix.shape == dense.shape, name
         assert_close(name, matrix.to_dense(), dense, dtype=DOUBLE)
         assert_close(f"{name} matmul", matrix @ x[: dense.shape[-1]], dense @ x[: dense.shape[-1]], dtype=DOUBLE)
         part = z[: dense.shape[-2]]
         assert_close(f"{name} transposed", matrix.mT @ part, dense.mT @ part, dtype=DOUBLE)
+
+
+def test_dtypes_promote_one_another():
+    narrow, wide = Toeplitz(torch.ones(4)), Cosine(4, DOUBLE)
+    assert (narrow + wide).dtype == (narrow @ wide).mT.dtype == DOUBLE
+    assert (narrow * 1j).dtype == (narrow + Fourier(4)).block(slice(2), slice(2)).dtype == torch.complex64
+    assert (Toeplitz(torch.ones(4, dtype=torch.bfloat16)) * 0.5).dtype == torch.bfloat16
+    for matrix in (narrow + wide, narrow * 1j, wide @ Fourier(4)):
+        assert matrix.to_dense().dtype == (matrix @ torch.ones(4, 1)).dtype == matrix.dtype
+        assert (matrix @ torch.ones(4, 0)).dtype == matrix.dtype
+
+
+def test_real_and_complex_numbers_mix():
+    x, real = torch.randn(6, 2, dtype=DOUBLE), SemiseparableMatrix.random(6, 2, dtype=DOUBLE)
+    phases = torch.polar(torch.ones(6, dtype=DOUBLE), torch.arange(6, dtype=DOUBLE))
+    complex_x, dense = x.to(phases.dtype), real.to_dense().to(phases.dtype)
+    columns = phases.unsqueeze(-1)
+    for matrix in (LowRank(columns, columns), SemiseparableMatrix(phases, columns, columns), Toeplitz(phases)):
+        torch.testing.assert_close(matrix @ x, matrix.to_dense() @ complex_x)
+        torch.testing.assert_close(real @ (matrix @ x), dense @ matrix.to_dense() @ complex_x)
+        torch.testing.assert_close((Dense(real.to_dense()) @ matrix).to_dense(), dense @ matrix.to_dense())
+
+
+def test_a_multiple_keeps_its_structure():
+    for matrix in (LowRank(torch.ones(4, 2), torch.ones(4, 2)), SemiseparableMatrix.random(4, 2)):
+        assert type(-2.0 * matrix) is type(matrix)
 
 
 def test_causality_follows_from_the_parts():

@@ -135,8 +135,17 @@ def test_costs_count_operations_chains_and_memory():
     assert 200 <= cost.memory <= 300
     side_by_side = count(lambda x: torch.stack([x.exp(), x.cumsum(0), x / 3]).sum(), torch.ones(16))
     assert (side_by_side.flops, side_by_side.depth) == (16 * 3 + 48, 4 + 6)
+    softmax = count(torch.softmax, torch.ones(2, 16), -1)
+    assert (softmax.flops, softmax.depth) == (4 * 32, 4 + 3)
+    transform = count(torch.fft.fft, torch.ones(3, 16, dtype=torch.complex64))
+    assert (transform.flops, transform.depth) == (5 * 48 * 4, 4)
     products = count(lambda x: (x @ x.mT).where(x @ x.mT > 0, 0), torch.ones(4, 8))
     assert products == (2 * 256, 2 * 256, 4, products.memory)
+
+
+def test_an_unknown_cost_is_an_error():
+    with pytest.raises(NotImplementedError, match=r"count knows no cost of aten\..*svd.*; compose it from products"):
+        count(torch.linalg.svd, torch.ones(3, 3))
 
 
 @pytest.mark.parametrize(
