@@ -22,7 +22,8 @@ class Tile:
     validated: str | None = None
 
 
-# Not validated on a device. A thread holds three values a row in the forward, eight in the backward, beside its share
-# of addresses; sums over channels inside a warp need no barrier.
+# Not validated on a device. Compiled for Hopper the forward takes 156 registers of a thread without spills, the
+# backward all 255 and 33 spilled words; with half the channels it takes 210, but twice the shuffles and the partial
+# sums of dB and dC. Sums over channels inside one warp need no barrier.
 FORWARD = Tile(channels=64, rows=16, warps=2)
 BACKWARD = Tile(channels=64, rows=8, warps=1, kept=8)

@@ -160,12 +160,13 @@ def retreat(
     ROWS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr,
 ):  # fmt: skip
     """A tile of tokens in reverse, from the states `before` it; `g` holds the gradient of the states after it, and then
-    that of those before it. Returns the sums for D and dt_bias."""
-    delta, inputs, values = load_steps(dt, x, shift, first, end, dt_l, x_l, inside, ROWS, SOFTPLUS)
+    that of those before it. Returns the sums for D and dt_bias. What only the end needs is read again there: registers
+    are what this kernel has least of."""
+    delta, inputs, _ = load_steps(dt, x, shift, first, end, dt_l, x_l, inside, ROWS, SOFTPLUS)
     ds = through_gate(dy, z, first, end, dy_l, z_l, inside, ROWS, HAS_Z)
     sums, dinputs, ddelta = (), (), ()
-    for u in tl.static_range(ROWS):
-        sums = sums + (skip * values[u],)
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros(c.shape, tl.float32),)
         dinputs = dinputs + (tl.zeros(c.shape, tl.float32),)
         ddelta = ddelta + (tl.zeros(c.shape, tl.float32),)
     for n in range(n_states):
@@ -180,8 +181,7 @@ def retreat(
             h = decays[u] * h + inputs[u] * b
             states = states + (h,)
         new_sums, new_dinputs, new_ddelta = (), (), ()
-        for i in tl.static_range(ROWS):
-            u: tl.constexpr = ROWS - 1 - i
+        for u in tl.static_range(ROWS - 1, -1, -1):
             live = first + u < end
             b = tl.load(B + n * seqlen + first + u, mask=live, other=0.0)
             r = tl.load(C + n * seqlen + first + u, mask=live, other=0.0)
@@ -200,14 +200,15 @@ def retreat(
     tl.debug_barrier()
     for u in tl.static_range(ROWS):
         live, out = inside & (first + u < end), (first + u) * channels
+        value = tl.load(x + (first + u) * x_l, mask=live, other=0.0).to(tl.float32)
         if HAS_Z:
             gate = tl.load(z + (first + u) * z_l, mask=live, other=0.0).to(tl.float32)
             outer = tl.load(dy + (first + u) * dy_l, mask=live, other=0.0).to(tl.float32)
-            dgate = outer * sums[u] * silu_slope(gate, sigmoid(gate))
+            dgate = outer * (sums[u] + skip * value) * silu_slope(gate, sigmoid(gate))
             tl.store(dz + out, dgate.to(dz.dtype.element_ty), mask=live)
         tl.store(dx + out, (dinputs[u] * delta[u] + ds[u] * skip).to(dx.dtype.element_ty), mask=live)
-        dskip += ds[u] * values[u]
-        size = dinputs[u] * values[u] + ddelta[u] * LN2  # the rates are in powers of two
+        dskip += ds[u] * value
+        size = dinputs[u] * value + ddelta[u] * LN2  # the rates are in powers of two
         if SOFTPLUS:
             raw = tl.load(dt + (first + u) * dt_l, mask=live, other=0.0).to(tl.float32)
             size = tl.where(live, size * sigmoid(raw + shift), 0.0)
@@ -334,8 +335,8 @@ def backward(
                 (tile.channels, tile.rows, tile.kept, dt_softplus, *call.given),
                 tile.warps,
             )  # fmt: skip
-    dB, dC = (t.sum(0).permute(0, 3, 1, 2).to(B.dtype, memory_format=torch.contiguous_format) for t in (dB, dC))
-    dA = drates.sum(0).t().to(A.dtype, memory_format=torch.contiguous_format)
+    dB, dC = (t.sum(0).permute(0, 3, 1, 2).to(B.dtype).contiguous() for t in (dB, dC))
+    dA = drates.sum(0).t().to(A.dtype).contiguous()
     return (
         *(dx, ddt, dA, dB, dC),
         x.new_empty(0) if D is None else dD.sum(0).to(D.dtype),

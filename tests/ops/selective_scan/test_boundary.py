@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dualscan.ops.selective_scan import library, selective_scan, selective_scan_step
 from tests.ops.selective_scan.problems import scan_problem
-from tests.strategies import evaluate, packed
+from tests.strategies import evaluate
 
 FORMS = {
     "chunked": (torch.ops.dualscan.selective_scan_fwd.default, torch.ops.dualscan.selective_scan_bwd.default),
@@ -22,25 +22,19 @@ FORMS = {
 }
 
 
-def arguments(which: str, *, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> list[Any]:
+def arguments(
+    which: str, *, seqlen: int = 11, dtype: torch.dtype = torch.float32, requires_grad: bool = False
+) -> list[Any]:
     """Arguments of the operator: 'bare' leaves out every optional one, 'full' and 'packed' give them."""
-    problem = scan_problem(batch=1, seqlen=11, channels=3, d_state=2, ngroups=1, dtype=dtype)
-    if which != "bare":
-        lengths = [4, 0, 7] if which == "packed" else None
-        problem = scan_problem(
-            batch=1,
-            seqlen=11,
-            channels=3,
-            d_state=2,
-            ngroups=1,
-            dtype=dtype,
-            lengths=lengths,
-            **dict.fromkeys(("D", "z", "dt_bias", "states"), True),
-        )
+    given = dict.fromkeys(("D", "z", "dt_bias", "states"), which != "bare")
+    lengths = [1, 0, seqlen - 1] if which == "packed" else None
+    problem = scan_problem(
+        batch=1, seqlen=seqlen, channels=3, d_state=2, ngroups=1, dtype=dtype, lengths=lengths, **given
+    )
     tensors = [problem.tensors.get(name) for name in library.DIFFERENTIABLE]
     if requires_grad:
         tensors = [None if t is None else t.requires_grad_() for t in tensors]
-    return [*tensors, packed([4, 0, 7]) if which == "packed" else None, which != "bare"]
+    return [*tensors, problem.options.get("cu_seqlens"), which != "bare"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,20 +1,33 @@
 """The kernels against the float64 recurrence: in Triton's interpreter, on a GPU as they are."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from dualscan.ops.selective_scan import configs
 from tests.ops.selective_scan.problems import CORNERS, scan_problem
+from tests.ops.selective_scan.test_boundary import arguments
 from tests.oracle import assert_close
 from tests.strategies import Problem, assert_matches, evaluate
 
+FORWARD = torch.ops.dualscan.selective_scan_kernel_fwd.default
+BACKWARD = torch.ops.dualscan.selective_scan_kernel_bwd.default
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = [] if CUDA else [pytest.mark.usefixtures("interpreter")]
-# The interpreter is slow: there float16 takes the corners that reach every branch.
-FEW = ["everything", "everything packed", "groups"]
+# The interpreter is slow: there the corners are small, and float16 takes those that reach every branch.
+SMALL: dict[str, dict[str, Any]] = {
+    "everything": {"seqlen": 11, "batch": 1},
+    "everything packed": {"lengths": [1, 0, 10, 4], "channels": 5},
+    "groups": {"seqlen": 5, "batch": 1, "channels": 6},
+    "a group a channel": {"seqlen": 3, "channels": 2, "ngroups": 2},
+    "odd sizes": {"seqlen": 9, "batch": 1},
+    "equal packs": {"lengths": [5, 5], "channels": 4},
+    "one pack": {"lengths": [7], "channels": 4},
+}
+FEW = ["everything", "everything packed"]
 RUNS = [(name, torch.float32) for name in CORNERS]
 RUNS += [(name, dtype) for dtype in (torch.float16, torch.bfloat16)[: 1 + CUDA] for name in (CORNERS if CUDA else FEW)]
 
@@ -47,10 +60,9 @@ def compare(problem: Problem, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("corner", "dtype"), RUNS)
 def test_corners(corner: str, dtype: torch.dtype) -> None:
-    sizes = {"seqlen": 11, "channels": 5} if "seqlen" not in CORNERS[corner] else {}
-    if "lengths" in CORNERS[corner] or CORNERS[corner].get("ngroups", 1) != 1:
-        sizes = {}
-    compare(scan_problem(dtype=dtype, **{"d_state": 3, "batch": 1, **sizes, **CORNERS[corner]}), dtype)
+    small = {"d_state": 3, "batch": 1, "seqlen": 9, "channels": 5}
+    sizes = CORNERS[corner] if CUDA else {**small, **CORNERS[corner], **SMALL.get(corner, {})}
+    compare(scan_problem(dtype=dtype, **sizes), dtype)
 
 
 @pytest.mark.parametrize("through", ["y", "final_states"])
@@ -73,13 +85,22 @@ def test_views_and_mixed_dtypes() -> None:
 
 
 def test_runs_repeat_to_the_bit_and_leave_inputs_alone() -> None:
-    problem = on_device(scan_problem(seqlen=9, D=True, z=True, dt_bias=True, states=True))
+    problem = on_device(scan_problem(batch=1, seqlen=5, channels=5, D=True, z=True, dt_bias=True, states=True))
     before = {name: t.clone() for name, t in problem.tensors.items()}
     first, second = evaluate(problem, impl="triton"), evaluate(problem, impl="triton")
     for name, t in first.items():
         assert torch.equal(t, second[name]), name
     for name, t in before.items():
         assert torch.equal(problem.tensors[name], t), name
+
+
+@pytest.mark.parametrize("which", ["bare", "packed"])
+def test_opcheck(which: str) -> None:
+    plain = [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in arguments(which, seqlen=3)]
+    leaves = [t.clone().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in plain]
+    torch.library.opcheck(FORWARD, leaves)
+    y, states = FORWARD(*plain)
+    torch.library.opcheck(BACKWARD, [y, states, *plain])
 
 
 def test_float64_is_refused() -> None:
