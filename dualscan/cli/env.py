@@ -72,7 +72,13 @@ def environment() -> dict[str, Any]:
         "system": {"platform": platform.platform(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
         "devices": [_describe(device) for device in devices],
         "operators": [
-            {"operator": operator.name, "device": device.type, "takes": takes, "why": why, "has": list(operator.impls)}
+            {
+                "operator": operator.name,
+                "device": device.type,
+                "takes": takes,
+                "why": why,
+                "impl": ["auto", *operator.impls] if operator.selectable else [],
+            }
             for device in {device.type: device for device in devices}.values()
             for operator in OPERATORS.values()
             for takes, why in (explain(operator, device),)
@@ -130,7 +136,7 @@ def as_text(report: dict[str, Any]) -> str:
             _grid(
                 ("operator", "device", "takes", "why", "impl= accepts"),
                 [
-                    (row["operator"], row["device"], row["takes"], row["why"], ", ".join(["auto", *row["has"]]))
+                    (row["operator"], row["device"], row["takes"], row["why"], ", ".join(row["impl"]) or "(no impl=)")
                     for row in report["operators"]
                 ],
             ),

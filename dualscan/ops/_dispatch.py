@@ -31,11 +31,13 @@ class Operator:
         name: public name, as the user calls it.
         impls: implementation name -> obstacle; the names that `impl=` accepts besides "auto".
         preference: the names that `auto` tries, in order.
+        selectable: whether the operator has the argument `impl=`.
     """
 
     name: str
     impls: Mapping[str, Obstacle]
     preference: tuple[str, ...]
+    selectable: bool = True
 
 
 OPERATORS: dict[str, Operator] = {}

@@ -1,5 +1,6 @@
 """Commands end to end on a tiny model."""
 
+import inspect
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import dualscan
 from dualscan.cli import COMMANDS
 from dualscan.train import checkpoint
 from dualscan.train.metrics import FILE, read
@@ -121,6 +123,9 @@ def test_env_names_every_operator(command):
     taken = {(row["operator"], row["device"]): row["takes"] for row in report["operators"]}
     assert taken["ssd", "cpu"] == "numba"
     assert {"causal_conv1d", "rms_norm", "gated_rms_norm", "ssd_step"} <= {name for name, _ in taken}
+    for row in report["operators"]:
+        takes_impl = "impl" in inspect.signature(getattr(dualscan, row["operator"])).parameters
+        assert bool(row["impl"]) == takes_impl, row["operator"]
     assert report["versions"]["torch"]
     _, shown, _ = command("env")
     assert all(name in shown for name, _ in taken)

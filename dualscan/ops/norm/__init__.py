@@ -9,7 +9,7 @@ from dualscan.ops.norm.validate import validate
 
 for _name in ("rms_norm", "gated_rms_norm"):
     _impls = {"triton": _triton.obstacle, "numba": _numba.obstacle, "chunked": anywhere}
-    register(Operator(name=_name, impls=_impls, preference=tuple(_impls)))
+    register(Operator(name=_name, impls=_impls, preference=tuple(_impls), selectable=False))
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
