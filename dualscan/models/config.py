@@ -13,8 +13,9 @@ from dualscan.models.layers import mixer
 
 _WHOLE = ("d_model", "vocab_size", "vocab_multiple", "d_state", "headdim", "expand", "ngroups", "d_conv")
 _WHOLE_OR_NONE = (
-    *("d_ssm", "dt_rank", "chunk_size", "norm_groups", "n_heads", "n_kv_heads", "head_dim", "rotary_dim", "attention_conv"),
-    *("d_mlp", "n_experts", "experts_per_token", "d_expert", "d_shared", "router_groups", "router_groups_used"),
+    *("d_ssm", "dt_rank", "chunk_size", "norm_groups", "n_heads", "n_kv_heads", "head_dim", "rotary_dim"),
+    *("attention_conv", "d_mlp", "n_experts", "experts_per_token", "d_expert", "d_shared"),
+    *("router_groups", "router_groups_used"),
 )
 _POSITIVE = ("norm_eps", "embedding_std", "rope_theta")
 _NUMBERS = {"projection_scales": 5, "branch_scales": 4}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dualscan.models.config import ModelConfig
 from dualscan.models.layers import block
 from dualscan.nn import init
-from dualscan.nn.block import Block, step_blocks
+from dualscan.nn.block import step_blocks
 from dualscan.nn.norm import RMSNorm, project_normed
 from dualscan.nn.precision import project
 

@@ -9,6 +9,7 @@ from dualscan.models.config import ModelConfig
 # GPT-NeoX vocabulary of the published models, padded to 50288 rows for Mamba-2, to 50280 for Mamba.
 _NEOX = 50277
 _BYTES = 257
+_ATTENDED = (9, 18, 27, 36, 45, 56)
 
 
 def _published(d_model: int, n_layers: int) -> ModelConfig:
@@ -17,6 +18,35 @@ def _published(d_model: int, n_layers: int) -> ModelConfig:
 
 def _published_mamba(d_model: int, n_layers: int) -> ModelConfig:
     return ModelConfig(d_model=d_model, pattern="m" * n_layers, vocab_size=_NEOX, vocab_multiple=8, d_state=16)
+
+
+def _hybrid(pattern: str, **sizes: Any) -> ModelConfig:
+    """Attention as in the published 2.7B hybrid: 30 heads of 128 channels, 64 of them rotated, after a convolution."""
+    return ModelConfig(
+        d_model=2560,
+        pattern=pattern,
+        vocab_size=_NEOX,
+        n_heads=30,
+        head_dim=128,
+        attention_conv=4,
+        rope_theta=10000.0,
+        rotary_dim=64,
+        **sizes,
+    )
+
+
+def _study(pattern: str) -> ModelConfig:
+    return ModelConfig(
+        d_model=4096,
+        pattern=pattern,
+        vocab_size=256000,
+        ngroups=8,
+        d_mlp=16384,
+        mlp_activation="gelu",
+        tie_embeddings=False,
+        n_heads=32,
+        n_kv_heads=8,
+    )
 
 
 def _small(**sizes: Any) -> ModelConfig:
@@ -35,6 +65,14 @@ PRESETS: dict[str, ModelConfig] = {
     "mamba_790m": _published_mamba(1536, 48),
     "mamba_1_4b": _published_mamba(2048, 48),
     "mamba_2_8b": _published_mamba(2560, 64),
+    # The hybrids of section 9.2.3 of arXiv 2405.21060: the published one with six attention layers, and 28 + 4 and 32
+    # mixers with as many MLPs, as wide as keeps the size.
+    "mamba2_attention_2_7b": _hybrid("".join("*" if i in _ATTENDED else "M" for i in range(64))),
+    "mamba2_mlp_attention_2_7b": _hybrid("-".join("MMMMMM*MMMMM*MMMMMM*MMMMM*MMMMMM") + "-", d_mlp=5120),
+    "mamba2_mlp_2_7b": _hybrid("M-" * 32, d_mlp=5120),
+    # The 8B study (arXiv 2406.07887): 24 Mamba-2, 4 attention and 28 MLP layers without positions, and Mamba-2 alone.
+    "mamba2_hybrid_8b": _study("M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"),
+    "mamba2_8b": _study("M" * 56),
     # Byte-level models that a laptop trains; "demo" is what `make demo` trains, "tiny" what the tests use.
     "tiny": _small(d_model=32, pattern="MM", d_state=16, headdim=16),
     "demo": _small(d_model=192, pattern="MMMM", d_state=32),

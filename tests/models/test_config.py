@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dualscan.models.accounting import parameters
 from dualscan.models.config import ModelConfig
 from dualscan.models.presets import PRESETS, preset
 
@@ -27,6 +28,26 @@ PUBLISHED = {
     "mamba_1_4b": (2048, 48, 1_372_178_432),
     "mamba_2_8b": (2560, 64, 2_768_345_600),
 }
+
+
+# Pattern counts (Mamba-2, attention, MLP) and billions of parameters.
+HYBRIDS = {
+    "mamba2_attention_2_7b": (58, 6, 0, 2.7),
+    "mamba2_mlp_attention_2_7b": (28, 4, 32, 2.7),
+    "mamba2_mlp_2_7b": (32, 0, 32, 2.7),
+    "mamba2_hybrid_8b": (24, 4, 28, 8.66),
+    "mamba2_8b": (56, 0, 0, 8.24),
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrids_of_the_papers(name: str) -> None:
+    config, (*counts, billions) = preset(name), HYBRIDS[name]
+    assert [config.pattern.count(letter) for letter in "M*-"] == counts
+    assert sum(counts) == config.n_layers
+    assert abs(parameters(config).total / 1e9 - billions) < (0.01 if billions > 8 else 0.08)
+    # Without positions, or with those of the published hybrid.
+    assert (config.rope_theta is None) == (config.d_model == 4096)
 
 
 def test_derived_sizes() -> None:

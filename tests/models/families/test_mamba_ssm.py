@@ -64,7 +64,8 @@ class Reference(nn.Module):
             for p in self.parameters():
                 p.copy_(torch.randn_like(p) * (0.3 if p.ndim > 1 else 0.2) + (p.ndim == 1))
         if config.get("tie_embeddings", True):
-            self.lm_head.weight = self.backbone.embedding.weight
+            embedding: Any = self.backbone.embedding
+            self.lm_head.weight = embedding.weight
 
     def _block(self, index: int) -> Any:
         block: Any = nn.Module()

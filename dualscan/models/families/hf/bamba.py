@@ -36,5 +36,5 @@ BAMBA = Family(
     checkpoints="ibm-ai-platform/Bamba-9B-v2",
     config=_config,
     layout=_layout,
-    differences="transformers' cached steps leave out the clamp of time_step_limit.",
+    differences="cached steps of transformers leave out the clamp of time_step_limit; here they apply it.",
 )

@@ -114,9 +114,9 @@ MAMBA2 = Family(
     layout=_layout,
     to_config=_mamba2_to_config,
     differences=(
-        "transformers 4 normalised all channels together where n_groups is more than 1, and trained checkpoints "
-        "(Codestral) normalise by group, as here; norm_groups=1 computes the former. Its cached steps leave out the "
-        "clamp of time_step_limit."
+        "the gated norm treats each of n_groups groups by itself, as in mamba_ssm and transformers 5; transformers 4 "
+        "normalised all channels together, which `load(..., norm_groups=1)` computes. Cached steps of transformers "
+        "leave out the clamp of time_step_limit; here they apply it."
     ),
 )
 

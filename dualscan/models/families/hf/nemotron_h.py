@@ -91,4 +91,8 @@ NEMOTRON_H = Family(
     checkpoints="nvidia/Nemotron-H-8B-Base-8K, nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
     config=_config,
     layout=_layout,
+    differences=(
+        "transformers clamps Δ from below at time_step_min over a sequence, whatever time_step_limit says, and not in "
+        "cached steps; here it is clamped in both. time_step_min=0 in config.json switches it off."
+    ),
 )
