@@ -1,6 +1,6 @@
 """What an algorithm costs, counted while it runs: operations, the longest chain of them, and memory.
 
-Algorithms for one matrix differ in nothing else, so claims about them are checked by running them (sections 6 and 7 and
+Algorithms for one matrix differ in nothing else, so claims about them are checked by running them (section 6 and
 appendix B of arXiv 2405.21060).
 """
 

@@ -1,4 +1,4 @@
-"""The base of the algebra: a matrix that knows a fast multiplication (sections 2.2 and 4 of arXiv 2405.21060).
+"""The base of the algebra: a matrix that knows a fast multiplication (sections 2 and 4 of arXiv 2405.21060).
 
 A sequence mixer is a matrix, y = M x along time. `StructuredMatrix` is such a matrix, or a batch of them, held by its
 parameters; `M @ x` multiplies without writing M down. What has no formula of its own is composed from two matrices that

@@ -28,7 +28,7 @@ def is_dense(A: Tensor, B: Tensor) -> bool:
 
 
 def linear(A: Tensor, B: Tensor, C: Tensor, x: Tensor) -> Tensor:
-    """The recurrence, one token after the other (equation 2)."""
+    """The recurrence, one token after the other (section 2)."""
     state, rows, dense = None, [], is_dense(A, B)
     for A_t, B_t, C_t, x_t in zip(_steps(A, dense), B.unbind(-2), C.unbind(-2), x.unbind(-2), strict=True):
         B_t, x_t = B_t.unsqueeze(-1), x_t.unsqueeze(-2)

@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 
 
 def scan(a: Tensor, x: Tensor, *, algorithm: str = "associative", chunk_size: int | None = None) -> Tensor:
-    """y_t = a_t y_{t-1} + x_t along dimension -2 of x, starting from nothing (equation 8 of arXiv 2405.21060).
+    """y_t = a_t y_{t-1} + x_t along dimension -2 of x, starting from nothing (section 3 of arXiv 2405.21060).
 
     Args:
         a: `(..., T)`, the factors; the first is not read.

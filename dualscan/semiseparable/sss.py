@@ -234,7 +234,7 @@ class SemiseparableMatrix(StructuredMatrix):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OneSemiseparable(StructuredMatrix):
-    """L_ji = a_j ... a_{i+1}: the mask of SSD, the matrix of the scalar scan (equation 6 of arXiv 2405.21060).
+    """L_ji = a_j ... a_{i+1}: the mask of SSD, the matrix of the scalar scan (section 3 of arXiv 2405.21060).
 
     Attributes:
         a: `(..., T)`; the first entry is not read.

@@ -1,7 +1,7 @@
 """Structured matrices that are not recurrences: Toeplitz, Fourier and their like, each with its multiplication.
 
-Section 2.2 of arXiv 2405.21060 lists them as the other sequence mixers with a subquadratic multiplication; as masks of
-structured masked attention (section 4.2) they are interchangeable with the semiseparable ones of `sss.py`.
+Section 2 of arXiv 2405.21060 lists them as the other sequence mixers with a subquadratic multiplication; as masks of
+structured masked attention (section 4) they are interchangeable with the semiseparable ones of `sss.py`.
 """
 
 import math
