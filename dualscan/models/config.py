@@ -44,6 +44,7 @@ class ModelConfig:
         feature_map: what B and C of Mamba-2 pass, such as "silu+taylor"; a state may be wider than d_state then.
         d_conv: width of the causal convolution.
         dt_rank: width of the bottleneck of Δ in Mamba; None takes d_model / 16, rounded up.
+        inner_norms: Mamba normalises the bottleneck of Δ, B and C.
         dt_limit: clamp of Δ after softplus.
         chunk_size: tokens a chunk of SSD; None takes the operator's default.
         mamba_bias: bias on the projections of Mamba-2 and Mamba.
@@ -104,6 +105,7 @@ class ModelConfig:
     feature_map: str = "silu"
     d_conv: int = 4
     dt_rank: int | None = None
+    inner_norms: bool = False
     dt_limit: tuple[float, float] = (0.0, math.inf)
     chunk_size: int | None = None
     mamba_bias: bool = False

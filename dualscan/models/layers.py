@@ -64,6 +64,8 @@ def _mamba(config: "ModelConfig") -> Mamba:
         expand=config.expand,
         d_conv=config.d_conv,
         dt_rank=config.dt_rank,
+        inner_norms=config.inner_norms,
+        norm_eps=config.norm_eps,
         bias=config.mamba_bias,
         conv_bias=config.conv_bias,
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dualscan.nn import init
 from dualscan.nn.mamba2 import check_sizes
+from dualscan.nn.norm import RMSNorm
 from dualscan.nn.precision import Float32Parameters, apply_linear, project
 from dualscan.ops.conv1d import causal_conv1d
 from dualscan.ops.selective_scan import selective_scan, selective_scan_step
@@ -61,6 +62,8 @@ class Mamba(Float32Parameters):
         dt_rank: width of Δ's bottleneck; None takes d_model / 16, rounded up.
         bias: bias on in_proj and out_proj.
         conv_bias: bias on the convolution.
+        inner_norms: normalises Δ's bottleneck, B and C, as Jamba does (arXiv 2403.19887).
+        norm_eps: epsilon of these norms.
         impl: implementation of the scan over sequences, as in `selective_scan`; an attribute that may be changed later.
 
     Raises:
@@ -87,6 +90,8 @@ class Mamba(Float32Parameters):
         dt_rank: int | None = None,
         bias: bool = False,
         conv_bias: bool = True,
+        inner_norms: bool = False,
+        norm_eps: float = 1e-5,
         impl: str = "auto",
     ):
         super().__init__()
@@ -102,6 +107,8 @@ class Mamba(Float32Parameters):
         # Holds the weights (channels, 1, d_conv) under the names that published checkpoints use; the operator computes.
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, bias=conv_bias)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+        widths = [dt_rank, d_state, d_state]
+        self.inner_norms = nn.ModuleList(RMSNorm(n, eps=norm_eps) for n in widths) if inner_norms else None
         self.dt_proj = StepSizeProjection(dt_rank, d_inner)
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
@@ -144,7 +151,10 @@ class Mamba(Float32Parameters):
 
     def _mix(self, x: Tensor, z: Tensor, ssm_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """The scan over the convolved channels, gated: `(batch, seqlen, d_inner)` and the next state."""
-        dt, B, C = apply_linear(self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        inner = apply_linear(self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.inner_norms is not None:
+            inner = [norm(t) for norm, t in zip(self.inner_norms, inner, strict=True)]
+        dt, B, C = inner
         dt, A = self.dt_proj(dt), -torch.exp(self.A_log)
         shared: dict[str, Any] = {"D": self.D, "dt_bias": self.dt_proj.bias, "dt_softplus": True}
         if x.shape[1] == 1 and cu_seqlens is None and ssm_state is not None:

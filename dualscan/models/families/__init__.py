@@ -20,12 +20,13 @@ _MODULES = {
     "nemotron_h": ("hf.nemotron_h", "NEMOTRON_H"),
     "granitemoehybrid": ("hf.granite", "GRANITE"),
     "falcon_h1": ("hf.falcon_h1", "FALCON_H1"),
+    "jamba": ("hf.jamba", "JAMBA"),
 }
 NAMES = tuple(_MODULES)
 
 # Relatives that would need something that is not here: what that is.
 OUT_OF_REACH = {
-    "falcon_mamba": "Mamba with a norm over B, C and Δ",
+    "falcon_mamba": "Mamba with norms without weights over Δ, B and C",
     "zamba": "shared attention over Mamba layers with several heads",
     "mamba3": "Mamba-3's rotating and trapezoidal recurrence",
     "recurrent_gemma": "the RG-LRU recurrence",

@@ -160,6 +160,32 @@ _CASES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
             },
         },
     ),
+    "jamba": (
+        "JambaConfig",
+        {
+            "hidden_size": 24,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "intermediate_size": 28,
+            "mamba_d_state": 8,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "num_experts": 4,
+            "vocab_size": VOCABULARY,
+        },
+        {
+            "experts": {},
+            "dense, tied": {"num_experts": 1, "tie_word_embeddings": True, "mamba_dt_rank": 5},
+            "biases": {
+                "mamba_proj_bias": True,
+                "mamba_conv_bias": False,
+                "expert_layer_period": 3,
+                "num_key_value_heads": 3,
+                "num_experts_per_tok": 3,
+            },
+        },
+    ),
 }
 
 CASES = [
