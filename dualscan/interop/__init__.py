@@ -14,6 +14,7 @@ _PUBLIC = {
     "export_prefill": "dualscan.interop.export",
     "export_step": "dualscan.interop.export",
     "save_onnx": "dualscan.interop.export",
+    "to_transformers_tokenizer": "dualscan.interop.tokenizer",
 }
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "export_step",
     "register_with_transformers",
     "save_onnx",
+    "to_transformers_tokenizer",
     "use_in_transformers",
 ]
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from dualscan.interop.causal_lm import DualscanConfig, DualscanForCausalLM, register_with_transformers
     from dualscan.interop.export import export_prefill, export_step, save_onnx
     from dualscan.interop.patch import use_in_transformers
+    from dualscan.interop.tokenizer import to_transformers_tokenizer
 
 
 def __getattr__(name: str) -> Any:
