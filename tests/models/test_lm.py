@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dualscan.models import lm
 from dualscan.models.config import ModelConfig
 from dualscan.models.lm import MambaLM
-from tests.oracle import assert_close
+from tests.oracle import assert_close, relative_error
 from tests.strategies import pack_lengths, packed
 
 quick = settings(max_examples=10, deadline=None, derandomize=True)
@@ -104,7 +105,9 @@ def test_logits_to_keep(keep: int) -> None:
     assert_close("logits", logits, model(tokens).logits[:, -keep:], dtype=torch.float32)
 
 
-def test_loss_is_the_mean_cross_entropy() -> None:
+@pytest.mark.parametrize("most", [lm.MOST_LOGITS, 0], ids=["all logits", "in blocks"])
+def test_loss_is_the_mean_cross_entropy(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm, "MOST_LOGITS", most)
     model, tokens = model_of("hybrid"), text(2, 12)
     targets = torch.roll(tokens, -1, 1)
     targets[:, -1] = -100
@@ -117,6 +120,27 @@ def test_loss_is_the_mean_cross_entropy() -> None:
     flat = model.float().loss(tokens[:1], targets[:1], cu_seqlens=lengths)
     halves = torch.cat([model(tokens[:1, :5]).logits, model(tokens[:1, 5:]).logits], 1)
     assert_close("packed", flat, F.cross_entropy(halves[0].double(), targets[0]), dtype=torch.float32)
+
+
+def gradients(model: MambaLM, tokens: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    model.loss(tokens, torch.roll(tokens, -1, 1)).backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_loss_in_blocks_has_the_same_gradients(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = model_of("hybrid"), text(2, 12)
+    expected = gradients(model.double(), tokens)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = gradients(model.float(), tokens)
+        monkeypatch.setattr(lm, "MOST_LOGITS", 0)
+        blocks = gradients(model, tokens)
+    assert any(not torch.equal(a, b) for a, b in zip(plain, blocks, strict=True)), "the same path twice"
+    # Roundings add up over the layers: the gradients are held to those of the plain loss alone.
+    allowed = 3 * torch.tensor([relative_error(g, exact) for g, exact in zip(plain, expected, strict=True)])
+    found = torch.tensor([relative_error(g, exact) for g, exact in zip(blocks, expected, strict=True)])
+    assert (found <= allowed + 1e-6).all(), (found, allowed)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
