@@ -28,7 +28,11 @@ OPERATOR = _dispatch.register(
     )
 )
 STEP_OPERATOR = _dispatch.register(
-    _dispatch.Operator(name="selective_scan_step", impls={"recurrent": _dispatch.anywhere}, preference=("recurrent",))
+    _dispatch.Operator(
+        name="selective_scan_step",
+        impls={"triton": _triton.obstacle, "recurrent": _dispatch.anywhere},
+        preference=("triton", "recurrent"),
+    )
 )
 
 
@@ -159,7 +163,7 @@ def selective_scan_step(
         z: like `x`, gate.
         dt_bias: `(channels,)`.
         dt_softplus: applies softplus after the bias.
-        impl: "auto" or "recurrent".
+        impl: "auto", "triton" (one kernel for NVIDIA GPUs, without gradients) or "recurrent".
 
     Returns:
         `SelectiveScanOutput(y, final_states)`: y like x, and the next state.
@@ -183,6 +187,22 @@ def selective_scan_step(
     validate.dimensions(op, "x", x, {"batch": None, "channels": None})
     B, C = (validate.with_groups(op, name, t, 1) for name, t in (("B", B), ("C", C)))
     validate.token(op, state, x, dt, A, B, C, {"D": D, "z": z, "dt_bias": dt_bias})
-    _dispatch.choose(STEP_OPERATOR, impl, x.device)
+    if _step_form(impl, state, x, dt, A, B, C, D, z, dt_bias) == "triton":
+        return SelectiveScanOutput(*library.step_kernel(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus))
     with without_autocast(x.device):
         return SelectiveScanOutput(*reference.step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus))
+
+
+def _step_form(impl: str, *inputs: Tensor | None) -> str:
+    """The step's implementation: the kernel has no gradient, so `auto` leaves it where one is asked for."""
+    x = inputs[1]
+    assert x is not None
+    form = impl if impl == "triton" and _triton.interpreted() else _dispatch.choose(STEP_OPERATOR, impl, x.device)
+    if form != "triton":
+        return form
+    reason = unsupported(x.dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        reason = "the kernel of one token has no gradient"
+    if reason is not None and impl == "triton":
+        raise ValueError(f"selective_scan_step: impl='triton' cannot run on these inputs: {reason}; use impl='auto'.")
+    return form if reason is None else "recurrent"

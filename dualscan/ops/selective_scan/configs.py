@@ -9,15 +9,15 @@ class Tile:
 
     Attributes:
         channels: of a program, a power of two; 32 a warp give every thread one channel.
-        rows: tokens in registers at a time.
         warps: of a program.
+        rows: tokens in registers at a time.
         kept: the backward keeps the states in front of every `kept` tiles of rows, and computes the others again.
         validated: date of the check against float64 on a device; None is arithmetic from the register file only.
     """
 
     channels: int
-    rows: int
     warps: int
+    rows: int = 1
     kept: int = 1
     validated: str | None = None
 
@@ -26,4 +26,5 @@ class Tile:
 # backward all 255 and 33 spilled words; with half the channels it takes 210, but twice the shuffles and the partial
 # sums of dB and dC. Sums over channels inside one warp need no barrier.
 FORWARD = Tile(channels=64, rows=16, warps=2)
+STEP = Tile(channels=32, warps=2)
 BACKWARD = Tile(channels=64, rows=8, warps=1, kept=8)

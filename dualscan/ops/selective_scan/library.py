@@ -28,6 +28,10 @@ _NAMES = {"chunked": "selective_scan", "numba": "selective_scan_numba", "triton"
 for _name in _NAMES.values():
     _LIB.define(f"{_name}_fwd({_INPUTS}) -> (Tensor y, Tensor final_states)")
     _LIB.define(f"{_name}_bwd(Tensor? dy, Tensor? dfinal_states, {_INPUTS}) -> ({_GRADIENTS})")
+_LIB.define(
+    "selective_scan_step_kernel(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? dt_bias, bool dt_softplus) -> (Tensor y, Tensor final_states)"
+)
 
 
 def _numba_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -54,6 +58,12 @@ def _kernel_backward(*inputs: Any) -> tuple[Tensor, ...]:
     return triton_scan.backward(*inputs)
 
 
+def _kernel_step(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from dualscan.ops.selective_scan import triton_step
+
+    return triton_step.step(*inputs)
+
+
 _LIB.impl("selective_scan_numba_fwd", _numba_forward, "CPU")
 _LIB.impl("selective_scan_numba_bwd", _numba_backward, "CPU")
 for _key in ("CPU", "CUDA"):  # on a CPU the kernels run in Triton's interpreter
@@ -61,6 +71,7 @@ for _key in ("CPU", "CUDA"):  # on a CPU the kernels run in Triton's interpreter
     _LIB.impl("selective_scan_bwd", chunked.backward, _key)
     _LIB.impl("selective_scan_kernel_fwd", _kernel_forward, _key)
     _LIB.impl("selective_scan_kernel_bwd", _kernel_backward, _key)
+    _LIB.impl("selective_scan_step_kernel", _kernel_step, _key)
 
 
 def _fake_forward(
@@ -84,6 +95,12 @@ def _fake_forward(
 def _fake_backward(dy: Tensor | None, dfinal_states: Tensor | None, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     tensors = (x, *inputs[: len(DIFFERENTIABLE) - 1])
     return tuple(x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in tensors)
+
+
+@torch.library.register_fake("dualscan::selective_scan_step_kernel", lib=_LIB)
+def _fake_step(state: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    after = torch.empty(state.shape, dtype=state.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), after
 
 
 def _differentiable(forward: Any, backward: Any) -> Any:
@@ -141,6 +158,7 @@ def _backward_formula(dy: Any, dfinal: Any, x: Any, dt: Any, A: Any, *_: Any, **
     return backward_flops(batch, seqlen, channels, A[1])
 
 
+step_kernel = torch.ops.dualscan.selective_scan_step_kernel.default
 # The forward operators by the name of their implementation.
 forms: dict[str, Any] = {}
 for _form, _name in _NAMES.items():

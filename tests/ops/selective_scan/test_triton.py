@@ -1,12 +1,13 @@
 """The kernels against the float64 recurrence: in Triton's interpreter, on a GPU as they are."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from dualscan.ops.selective_scan import configs
+from dualscan.ops.selective_scan import configs, library, selective_scan_step
 from tests.ops.selective_scan.problems import CORNERS, scan_problem
 from tests.ops.selective_scan.test_boundary import arguments
 from tests.oracle import assert_close
@@ -92,6 +93,29 @@ def test_runs_repeat_to_the_bit_and_leave_inputs_alone() -> None:
         assert torch.equal(t, second[name]), name
     for name, t in before.items():
         assert torch.equal(problem.tensors[name], t), name
+
+
+@pytest.mark.parametrize("ngroups", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step(dtype: torch.dtype, ngroups: int | None) -> None:
+    given = dict.fromkeys(("D", "z", "dt_bias"), ngroups is None)
+    problem = on_device(scan_problem(seqlen=1, d_state=5, ngroups=ngroups, dtype=dtype, states=True, **given))
+    t = problem.tensors
+    token = {name: t[name][:, 0] for name in ("x", "dt", "B", "C", "z") if name in t}
+    shared = {name: t.get(name) for name in ("A", "D", "dt_bias")}
+    before = t["initial_states"].clone()
+    run = partial(selective_scan_step, t["initial_states"], **token, **shared, dt_softplus=ngroups is None)
+    actual, expected = run(impl="triton"), problem.double()(impl="recurrent")
+    assert_close("y", actual.y, expected.y[:, 0], dtype=dtype)
+    assert_close("state", actual.final_states, expected.final_states, dtype=torch.float32)
+    assert torch.equal(before, t["initial_states"])
+    inputs = [t["initial_states"], *(token[name] for name in ("x", "dt")), t["A"], token["B"], token["C"]]
+    inputs[4:] = [c if c.ndim == 3 else c.unsqueeze(1) for c in inputs[4:]]
+    torch.library.opcheck(library.step_kernel, [*inputs, None, None, None, True])
+    with pytest.raises(
+        ValueError, match="impl='triton' cannot run on these inputs: the kernel of one token has no grad"
+    ):
+        run(impl="triton", A=t["A"].clone().requires_grad_())
 
 
 @pytest.mark.parametrize("which", ["bare", "packed"])
