@@ -37,7 +37,7 @@ class InspectArguments:
     text: str
     out: Path = Path("inspect.html")
     resolution: int = 128
-    memory: float = 1.0
+    memory: float = 2.0
     device: str = "auto"
 
 

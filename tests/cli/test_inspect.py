@@ -68,7 +68,7 @@ def test_wrong_input_gives_one_line_and_no_page(command, run, transformer, tmp_p
         (tmp_path / "absent", {}, "absent is not a folder"),
         (transformer, {}, "the model has no Mamba layers (pattern '*-')"),
         (untold, {}, "untold holds no tokenizer"),
-        (run, {"text": "a" * 6000}, "matrices of 6001 tokens at 128 cells a side need about 2.1 GiB"),
+        (run, {"text": "a" * 6000}, "matrices of 6001 tokens at 128 cells a side need about 5.4 GiB"),
         (run, {"resolution": 0}, "resolution=0 must be at least 1 cell"),
         (run, {"device": "gpu"}, "device='gpu' cannot be used"),
         (run, {"out": tmp_path / "absent" / "page.html"}, "give --out a folder that exists"),

@@ -88,7 +88,7 @@ def test_pool_keeps_the_largest_magnitude(seqlen, block):
         (torch.tensor([3, 30]), {}, "token 30 is not in 0 to 29; use this model's own tokenizer"),
         (TOKENS, {"target": -1}, "token -1 is not in 0 to 29"),
         (TOKENS, {"resolution": 0}, "resolution=0 must be at least 1 cell"),
-        (torch.zeros(5000, dtype=torch.int64), {}, "matrices of 5000 tokens at 125 cells a side need about 1.5 GiB"),
+        (torch.zeros(5000, dtype=torch.int64), {}, "matrices of 5000 tokens at 125 cells a side need about 3.7 GiB"),
         (TOKENS, {"memory": 1e-6}, "more than memory=1e-06; shorten the text, lower the resolution, or allow more"),
     ],
 )
