@@ -116,7 +116,8 @@ class SemiseparableMatrix(StructuredMatrix):
             matrix: `(..., T, T)`, lower triangular.
             order: the largest state size allowed; None: whatever the rank asks for.
             tol: singular values of a block below `tol` times the matrix's Frobenius norm count as zero; None: T times
-                the dtype's resolution.
+                the dtype's resolution. Each token leaves out its own, so that the error of the whole grows to about
+                sqrt(T) times as much.
             truncate: keep the `order` largest singular values instead of refusing a larger rank. The squared error is
                 at most the sum of the squares of those left out.
 

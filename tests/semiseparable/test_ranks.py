@@ -13,6 +13,7 @@ from dualscan.semiseparable import (
     OneSemiseparable,
     SemiseparableMatrix,
     StructuredMatrix,
+    Toeplitz,
     as_semiseparable,
     block_ranks,
 )
@@ -91,6 +92,15 @@ def test_truncation_error_is_bounded_by_what_is_left_out():
         errors.append(error)
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-20
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+def test_a_power_law_needs_few_states(exponent):
+    dense = Toeplitz((1 + torch.arange(128, dtype=DOUBLE)) ** -exponent).to_dense()
+    for tol, most in ((1e-2, 2), (1e-3, 4), (1e-6, 7)):
+        found = SemiseparableMatrix.from_dense(dense, tol=tol)
+        assert found.order <= most
+        assert (found.to_dense() - dense).norm() < tol * 128**0.5 * dense.norm()
 
 
 def recurrences(length: int, order: int, kind: str) -> dict[str, StructuredMatrix]:
