@@ -131,11 +131,42 @@ def ssd_shapes() -> str:
     return markdown(header, rows) + _origin(records)
 
 
+def sma() -> str:
+    """Both orders of structured masked attention against length, and the crossovers."""
+    records = load("sma")
+    lengths = sorted({int(r["shape"].split()[-1]) for r in records})
+    columns = {
+        "Toeplitz mask x 64 columns": ("toeplitz", "mask"),
+        "Fourier mask x 64 columns": ("fourier", "mask"),
+        "attention, Toeplitz, N = P = 16": ("toeplitz 16", "fwd"),
+        "attention, Toeplitz, N = P = 64": ("toeplitz 64", "fwd"),
+        "attention, cosine, N = P = 64": ("cosine 64", "fwd"),
+    }
+    rows, first = [], {}
+    for length in lengths:
+        cells = [str(length)]
+        for words, (name, pass_) in columns.items():
+            keys = {"shape": f"{name} {length}", "pass": pass_}
+            linear, quadratic = (_find(records, impl=impl, **keys)["call_ms"] for impl in ("linear", "quadratic"))
+            cells.append(f"{linear:.3g} / {quadratic:.3g} ms")
+            if linear < quadratic:
+                first.setdefault(words, length)
+            else:
+                first.pop(words, None)
+        both = {"shape": f"130m {length}", "pass": "operator"}
+        cells.append(f"{_find(records, impl='sma', **both)['ratio']:.2f}")
+        rows.append(cells)
+    crossovers = [f"{words} from T = {first[words]}" if words in first else f"{words} not yet" for words in columns]
+    text = f"\nThe linear order is the faster one: {'; '.join(crossovers)}.\n"
+    return markdown(["T", *columns, "1-SS: speed to `linear_attention`"], rows) + text + _origin(records)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "lm_cpu": lm_cpu,
     "lm_cpu_lengths": lm_cpu_lengths,
     "ssd": ssd,
     "ssd_shapes": ssd_shapes,
+    "sma": sma,
 }
 
 
