@@ -26,7 +26,7 @@ def sma(
     v: Tensor,
     mask: StructuredMatrix | Tensor,
     *,
-    heads: str | None = None,
+    head_pattern: str | None = None,
     normalize: bool = False,
     causal: bool = False,
     impl: str = "auto",
@@ -44,7 +44,7 @@ def sma(
         mask: L, `(T, S)`, `(nheads, T, S)` or `(batch or 1, nheads or 1, T, S)`: a `StructuredMatrix`, such as those of
             `dualscan.ops.sma.masks` (linear attention, RetNet, SSD), `Toeplitz`, `Fourier`, `Cosine`, `LowRank` or one
             of your own; or the entries as a tensor.
-        heads: the head pattern that q, k and v must have, as in `head_counts`; None takes what they have.
+        head_pattern: the pattern that q, k and v must have, as in `head_counts`; None takes what they have.
         normalize: divides by the sum of the weights, which should be positive.
         causal: refuses a mask with entries above the diagonal.
         impl: "ssd" (the fast operator, for 1-semiseparable masks with factors of at most 1), "linear", "quadratic", or
@@ -71,7 +71,7 @@ def sma(
     """
     if isinstance(mask, Tensor):
         mask = Dense(mask)
-    nheads = _validate(q, k, v, mask, heads)
+    nheads = _validate(q, k, v, mask, head_pattern)
     if causal and not mask.is_causal:
         raise ValueError(f"sma: causal=True, but the mask {mask!r} has entries above the diagonal; use a causal one.")
     form = _choose(impl, q, v, mask)

@@ -262,8 +262,12 @@ def call(**changes: Any) -> None:
         ({"mask": "causal"}, TypeError, ["mask is a str", "StructuredMatrix"]),
         ({"mask": torch.ones(6, 6, device="meta")}, ValueError, ["mask is on meta", "v on cpu"]),
         ({"k": normal(2, 6, 3, 5)}, ValueError, ["k has 3 heads of 4", "one a group"]),
-        ({"heads": "multi-query"}, ValueError, ["(4, 4, 4) heads", "'multi-query'", "(4, 1, 1)"]),
-        ({"heads": "multi-quay"}, ValueError, ["unknown head pattern 'multi-quay'", "Did you mean 'multi-query'"]),
+        ({"head_pattern": "multi-query"}, ValueError, ["(4, 4, 4) heads", "'multi-query'", "(4, 1, 1)"]),
+        (
+            {"head_pattern": "multi-quay"},
+            ValueError,
+            ["unknown head pattern 'multi-quay'", "Did you mean 'multi-query'"],
+        ),
         ({"impl": "chunked"}, ValueError, ["impl='chunked'", "'linear'"]),
         ({"impl": "ssd", "mask": Toeplitz(normal(6))}, ValueError, ["impl='ssd'", "Toeplitz(6, 6)", "1-semiseparable"]),
         ({"impl": "ssd", "mask": OneSemiseparable(2 + uniform(6) * 0)}, ValueError, ["a factor of size 2, over 1"]),
@@ -278,6 +282,6 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], words: l
         assert word in str(raised.value)
 
 
-@pytest.mark.parametrize("heads", ["mha", "multi-head", "mhs"])
-def test_the_head_pattern_that_there_is(heads: str) -> None:
-    call(heads=heads, causal=True)
+@pytest.mark.parametrize("pattern", ["mha", "multi-head", "mhs"])
+def test_the_head_pattern_that_there_is(pattern: str) -> None:
+    call(head_pattern=pattern, causal=True)
