@@ -59,8 +59,8 @@ class Surroundings:
     """
 
     def __init__(self, gate: Tensor, slope: Tensor, taps: Tensor, bias: Tensor | None):
-        # On one shape, so that parts of them may be taken alike.
         self.gate, self.slope = gate, slope
+        # The present token's tap first: its place is the delay.
         self.taps = taps.detach().flip(-1)
         self.bias = torch.zeros_like(self.taps[..., 0]) if bias is None else bias.detach()
 

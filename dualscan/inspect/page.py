@@ -93,7 +93,7 @@ START = "⟨start⟩"
 
 
 def token_labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """What each token writes: its text, `\\xNN` for bytes that are no character alone, `⟨start⟩` between documents.
+    """What each token writes: its text, `\\xNN` for what is no character alone, `⟨start⟩` between documents.
 
     Args:
         tokenizer: the model's.
@@ -113,8 +113,10 @@ def token_labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
         if token == tokenizer.eos_id:
             return START
         if table is None:
-            return tokenizer.decode([token])
-        return (table[token] if token < len(table) else b"").decode("utf-8", errors="backslashreplace")
+            text = tokenizer.decode([token])
+        else:
+            text = (table[token] if token < len(table) else b"").decode("utf-8", errors="backslashreplace")
+        return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
     return [label(int(token)) for token in ids]
 

@@ -133,7 +133,7 @@ def test_a_failed_write_keeps_the_old_page(seen, tmp_path, monkeypatch):
 
 
 def test_labels_of_tokens_that_are_no_characters():
-    assert token_labels(ByteTokenizer(), [0xE2, 65, 256, 9]) == ["\\xe2", "A", "⟨start⟩", "\t"]
+    assert token_labels(ByteTokenizer(), [0xE2, 65, 256, 9, 7]) == ["\\xe2", "A", "⟨start⟩", "\t", "\\x07"]
     bpe = train_bpe(["the cat and the dog and the cow"] * 4, vocab_size=280)
     ids = bpe.encode("the dog")
     assert "".join(token_labels(bpe, ids)) == "the dog"
