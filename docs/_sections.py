@@ -16,6 +16,7 @@ LAYERS = {
     "data": "Data",
     "generate": "Generation",
     "inspect": "Looking inside",
+    "interop": "Other libraries",
     "train": "Training",
     "semiseparable": "Semiseparable matrices",
 }

@@ -1,7 +1,9 @@
 """`MambaLM` as a model of transformers: configuration, `generate`, `save_pretrained`, the Trainer, adapters."""
 
+import contextlib
 import dataclasses
-import sys
+import importlib
+from functools import cache
 from typing import Any
 
 import torch
@@ -201,6 +203,11 @@ class DualscanForCausalLM(PreTrainedModel, GenerationMixin):
         logits = project(hidden, self.model.output_weight) if head is None else apply_linear(head, hidden)
         return logits[..., : self.config.vocab_size]  # the rest belongs to padding rows of the embedding
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Never; peft asks by this name, which is deprecated in the class above."""
+        return False
+
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
         return self.model.embedding
@@ -242,9 +249,9 @@ def register_with_transformers() -> None:
     _tell_peft()
 
 
+@cache
 def _tell_peft() -> None:
-    """Gives peft the default targets of its LoRA, once it was imported; importing it takes seconds."""
-    if "peft" in sys.modules:
-        from peft.utils import constants
-
+    """Gives peft, where it is installed, the default targets of its LoRA."""
+    with contextlib.suppress(ImportError):
+        constants = importlib.import_module("peft.utils.constants")
         constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(MODEL_TYPE, list(LORA_TARGETS))

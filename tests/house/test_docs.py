@@ -14,7 +14,7 @@ from tests.house.tree import PACKAGE, ROOT
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # Pages for users, whose Python runs as it stands.
 USER_PAGES = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "tutorials").rglob("*.md"))]
-USER_PAGES.append(ROOT / "docs" / "explanations" / "duality.md")
+USER_PAGES += [ROOT / "docs" / "explanations" / "duality.md", *sorted((ROOT / "docs" / "how-to").rglob("*.md"))]
 PROGRAMS = [page for page in USER_PAGES if "```python\n" in page.read_text(encoding="utf-8")]
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 STATUS = "proposed|accepted|rejected|superseded by [0-9]{3}"

@@ -1,5 +1,6 @@
 """`DualscanForCausalLM`: our model behind the interface of transformers gives what it gives by itself."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -202,8 +203,6 @@ def test_trainer_takes_a_step(tmp_path: Path) -> None:
         assert_close(name, p, expected[name], dtype=torch.float32)
 
 
-# peft asks transformers by a name that transformers is about to change.
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_lora(pattern: str) -> None:
     """Default targets; gradients reach the adapters alone; adapters compute what their merged weights compute."""
@@ -225,6 +224,18 @@ def test_lora(pattern: str) -> None:
     merged: Any = adapted.merge_and_unload()
     assert_close("logits", merged(tokens).logits, out.logits, dtype=torch.float32)
     assert merged.generate(tokens, max_new_tokens=6, do_sample=False).tolist() == made.tolist()
+
+
+def test_adapters_of_a_peft_that_is_imported_late() -> None:
+    script = """
+import dualscan
+from dualscan.interop import DualscanForCausalLM
+model = DualscanForCausalLM.from_model(dualscan.MambaLM(dualscan.preset("tiny")))
+import peft
+print(sorted(peft.get_peft_model(model, peft.LoraConfig()).peft_config["default"].target_modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['in_proj', 'out_proj']"
 
 
 def test_messages(tmp_path: Path) -> None:
