@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from dualscan.models.config import ModelConfig
-from dualscan.models.layers import mixer
+from dualscan.models.layers import block, blocks
 from dualscan.nn.attention import Attention
 from dualscan.nn.hybrid.moe import MoE
 from dualscan.nn.mamba import StepSizeProjection
@@ -59,7 +59,7 @@ class Parameters:
 
 
 def parameters(config: ModelConfig) -> Parameters:
-    """Counts parameters without building the model.
+    """Counts parameters without memory for them.
 
     Args:
         config: the model.
@@ -73,7 +73,9 @@ def parameters(config: ModelConfig) -> Parameters:
         129.0
     """
     embedding = config.padded_vocab_size * config.d_model
-    layers = sum(config.d_model + _mixer_parameters(config, kind) for kind in config.layer_types)
+    with torch.device("meta"):
+        counted = nn.ModuleList(blocks(config))
+    layers = sum(parameter.numel() for parameter in counted.parameters())
     return Parameters(
         embedding=embedding, layers=layers, head=config.d_model + (0 if config.tie_embeddings else embedding)
     )
@@ -94,6 +96,7 @@ def forward_flops_per_sequence(config: ModelConfig, seqlen: int, *, batch: int =
     total = 0
     for kind in config.layer_types:
         total += 2 * _matrix_weights(config, kind) * batch * seqlen
+    for kind in _mixers(config):
         if kind == "mamba2":
             total += _conv_flops(config, kind, batch * seqlen) + forward_flops(*_ssd_sizes(config, batch, seqlen))
         elif kind == "mamba":
@@ -120,7 +123,7 @@ def training_flops_per_sequence(config: ModelConfig, seqlen: int, *, batch: int 
             (they rebuild states).
     """
     total = 3 * forward_flops_per_sequence(config, seqlen, batch=batch)
-    for kind in config.layer_types:
+    for kind in _mixers(config):
         if kind == "mamba2":
             sizes = _ssd_sizes(config, batch, seqlen)
             total += backward_flops(*sizes) - 2 * forward_flops(*sizes)
@@ -144,6 +147,7 @@ def step_flops(config: ModelConfig, *, context: int = 0, batch: int = 1) -> int:
     total = 0
     for kind in config.layer_types:
         total += 2 * _matrix_weights(config, kind)
+    for kind in _mixers(config):
         if kind in ("mamba2", "mamba"):
             total += _conv_flops(config, kind, 1) + 4 * config.d_inner * _state_width(config, kind)
         elif kind == "attention":
@@ -165,7 +169,7 @@ def state_bytes(config: ModelConfig, *, batch: int = 1, context: int = 0, activa
             and e (W - 1).
     """
     total = 0
-    for kind in config.layer_types:
+    for kind in _mixers(config):
         if kind in ("mamba2", "mamba"):
             total += 4 * config.d_inner * _state_width(config, kind)
             total += activation_bytes * _conv_channels(config, kind) * (config.d_conv - 1)
@@ -175,15 +179,13 @@ def state_bytes(config: ModelConfig, *, batch: int = 1, context: int = 0, activa
     return batch * total
 
 
-def _mixer_parameters(config: ModelConfig, kind: str) -> int:
-    return sum(parameter.numel() for parameter in _mixer(config, kind).parameters())
-
-
 def _matrix_weights(config: ModelConfig, kind: str) -> int:
     """Weights of the matrices that a token is multiplied with: of experts, those that it passes."""
-    layer = _mixer(config, kind)
+    with torch.device("meta"):
+        whole = block(config, kind)
+    layer = whole.mixer
     total = sum(
-        module.weight.numel() for module in layer.modules() if isinstance(module, (nn.Linear, StepSizeProjection))
+        module.weight.numel() for module in whole.modules() if isinstance(module, (nn.Linear, StepSizeProjection))
     )
     if isinstance(layer, MoE):
         experts = (m.weight for m in (layer.gate_proj, layer.up_proj, layer.out_proj) if m is not None)
@@ -192,10 +194,10 @@ def _matrix_weights(config: ModelConfig, kind: str) -> int:
     return total
 
 
-def _mixer(config: ModelConfig, kind: str) -> nn.Module:
-    """The layer itself, without memory: it knows best what it has."""
-    with torch.device("meta"):
-        return mixer(config, kind)
+def _mixers(config: ModelConfig) -> list[str]:
+    """The kinds of mixers of all layers; some layers have two."""
+    two = ["mamba2", "attention"]
+    return [mixer for kind in config.layer_types for mixer in (two if kind in ("parallel", "shared") else [kind])]
 
 
 def _ssd_sizes(config: ModelConfig, batch: int, seqlen: int) -> tuple[int, int, int, int, int, int, int]:

@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from dualscan.models.layers import mixer
+from dualscan.models.layers import block
 
 _WHOLE = ("d_model", "vocab_size", "vocab_multiple", "d_state", "headdim", "expand", "ngroups", "d_conv")
 _WHOLE_OR_NONE = (
     *("d_ssm", "dt_rank", "chunk_size", "norm_groups", "n_heads", "n_kv_heads", "head_dim", "rotary_dim"),
     *("attention_conv", "d_mlp", "n_experts", "experts_per_token", "d_expert", "d_shared"),
-    *("router_groups", "router_groups_used"),
+    *("router_groups", "router_groups_used", "n_shared", "adapter_rank"),
 )
 _POSITIVE = ("norm_eps", "embedding_std", "rope_theta")
 _NUMBERS = {"projection_scales": 5, "branch_scales": 4}
 _FACTORS = ("attention_scale", "mlp_scale", "gate_scale", "embedding_scale", "residual_scale", "logits_scale")
 
-LAYER_TYPES = {"M": "mamba2", "m": "mamba", "*": "attention", "-": "mlp", "E": "moe", "P": "parallel"}
+LAYER_TYPES = {"M": "mamba2", "m": "mamba", "*": "attention", "-": "mlp", "E": "moe", "P": "parallel", "S": "shared"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,8 @@ class ModelConfig:
     Attributes:
         d_model: width of the residual stream.
         pattern: one letter a layer: M Mamba-2, m Mamba, * attention, - MLP, E mixture of experts, P Mamba-2 and
-            attention side by side. "M" * 24 is a pure Mamba-2 model, "MMM*MM-" a hybrid.
+            attention side by side, S Mamba-2 steered by a transformer that layers share.
+            "M" * 24 is a pure Mamba-2 model, "MMM*MM-" a hybrid.
         vocab_size: tokens of the vocabulary.
         vocab_multiple: the embedding is padded to a multiple of this many rows.
         d_state: N, state size per channel of Mamba-2 and Mamba.
@@ -76,6 +77,9 @@ class ModelConfig:
         router_groups_used: groups that a token may use; None is 1.
         router_normalize: the weights of a token's experts sum to router_scale, for "sigmoid".
         router_scale: factor of the weights, for "sigmoid".
+        n_shared: transformers that the layers S take in turn; None is 1.
+        adapter_rank: rank of the adapters of every layer S.
+        attention_adapters: the adapters are on q, k and v, too, and not on the MLP alone.
         norm_eps: epsilon of every norm.
         embedding_scale: factor of the embedding.
         residual_scale: factor of what every layer adds.
@@ -137,6 +141,9 @@ class ModelConfig:
     router_groups_used: int | None = None
     router_normalize: bool = True
     router_scale: float = 1.0
+    n_shared: int | None = None
+    adapter_rank: int | None = None
+    attention_adapters: bool = False
     norm_eps: float = 1e-5
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -181,10 +188,12 @@ class ModelConfig:
             for name in ("n_experts", "experts_per_token", "d_expert"):
                 if getattr(self, name) is None:
                     raise ValueError(f"pattern={self.pattern!r} has experts (E), which need {name}.")
+        if "S" in self.pattern and self.adapter_rank is None:
+            raise ValueError(f"pattern={self.pattern!r} has shared transformers (S), which need adapter_rank.")
         # Layers know their own rules; on the meta device they allocate nothing.
         with torch.device("meta"):
             for kind in dict.fromkeys(self.layer_types):
-                mixer(self, kind)
+                block(self, kind)
 
     @property
     def n_layers(self) -> int:

@@ -9,6 +9,7 @@ from dualscan.nn.block import Block
 from dualscan.nn.hybrid.moe import MoE
 from dualscan.nn.hybrid.parallel import Parallel
 from dualscan.nn.hybrid.scaled import ScaledBlock
+from dualscan.nn.hybrid.shared import SharedBlock, SharedTransformer
 from dualscan.nn.mamba import Mamba
 from dualscan.nn.mamba2 import Mamba2
 from dualscan.nn.mlp import MLP
@@ -17,8 +18,31 @@ if TYPE_CHECKING:
     from dualscan.models.config import ModelConfig
 
 
+def blocks(config: "ModelConfig") -> list[Block]:
+    """All residual blocks of a model; those of kind "shared" take their transformers in turn."""
+    made: list[Block] = []
+    shared: list[SharedTransformer] = []
+    uses = 0
+    for kind in config.layer_types:
+        if kind != "shared":
+            made.append(block(config, kind))
+            continue
+        owns = len(shared) < (config.n_shared or 1)
+        if owns:
+            shared.append(_transformer(config))
+        made.append(_shared(config, shared[uses % len(shared)], owns=owns))
+        uses += 1
+    return made
+
+
 def block(config: "ModelConfig", kind: str) -> Block:
-    """The residual block of a kind of layer, one of `config.layer_types`."""
+    """The residual block of a kind of layer, one of `config.layer_types`; a shared one with a transformer of its own.
+
+    Raises:
+        ValueError: sizes that do not fit.
+    """
+    if kind == "shared":
+        return _shared(config, _transformer(config), owns=True)
     scale = config.residual_scale * (config.mlp_scale if kind == "mlp" else 1.0)
     if scale == 1.0:
         return Block(config.d_model, mixer(config, kind), norm_eps=config.norm_eps)
@@ -26,11 +50,7 @@ def block(config: "ModelConfig", kind: str) -> Block:
 
 
 def mixer(config: "ModelConfig", kind: str) -> nn.Module:
-    """The mixer of a kind of layer, one of `config.layer_types`.
-
-    Raises:
-        ValueError: sizes that do not fit.
-    """
+    """The mixer of a kind of layer, one of `config.layer_types`."""
     return _MIXERS[kind](config)
 
 
@@ -121,6 +141,34 @@ def _parallel(config: "ModelConfig") -> Parallel:
         [_mamba2(config), _attention(config)],
         in_scales=(mamba_in, attention_in),
         out_scales=(mamba_out, attention_out),
+    )
+
+
+def _transformer(config: "ModelConfig") -> SharedTransformer:
+    attention = Attention(
+        2 * config.d_model,
+        config.attention_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        rope_theta=config.rope_theta,
+        rotary_dim=config.rotary_dim,
+        bias=config.attention_bias,
+        scale=config.attention_scale,
+        d_out=config.d_model,
+    )
+    return SharedTransformer(config.d_model, attention, _mlp(config), norm_eps=config.norm_eps)
+
+
+def _shared(config: "ModelConfig", transformer: SharedTransformer, *, owns: bool) -> SharedBlock:
+    assert config.adapter_rank is not None
+    return SharedBlock(
+        config.d_model,
+        _mamba2(config),
+        transformer,
+        owns=owns,
+        rank=config.adapter_rank,
+        attention_adapters=config.attention_adapters,
+        norm_eps=config.norm_eps,
     )
 
 

@@ -1,5 +1,6 @@
 """The language model: embedding, a pattern of residual blocks, final norm, output projection."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -8,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualscan.models.config import ModelConfig
-from dualscan.models.layers import block
+from dualscan.models.layers import blocks
 from dualscan.nn import init
 from dualscan.nn.block import step_blocks
+from dualscan.nn.hybrid.shared import SharedBlock
 from dualscan.nn.norm import RMSNorm, project_normed
 from dualscan.nn.precision import apply_linear, is_plain_linear, project
 from dualscan.ops.loss import linear_cross_entropy
@@ -56,7 +58,7 @@ class MambaLM(nn.Module):
         self.config = config
         self.source: Source | None = None  # set where another program's checkpoint was loaded
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
-        self.layers = nn.ModuleList(block(config, kind) for kind in config.layer_types)
+        self.layers = nn.ModuleList(blocks(config))
         self.norm_f = RMSNorm(config.d_model, eps=config.norm_eps)
         self.lm_head = None
         if not config.tie_embeddings:
@@ -137,11 +139,14 @@ class MambaLM(nn.Module):
             h = h.float()
         if self.config.embedding_scale != 1.0:
             h = h * self.config.embedding_scale
-        if state is not None and cu_seqlens is None and tokens.shape[1] == 1:
+        layers = self.layers
+        if "S" in self.config.pattern:
+            layers = [partial(b, embedding=h) if isinstance(b, SharedBlock) else b for b in layers]
+        if state is not None and cu_seqlens is None and tokens.shape[1] == 1 and layers is self.layers:
             h, state = step_blocks(self.layers, h, state, reuse_state=reuse_state)
         else:
             states = []
-            for i, block in enumerate(self.layers):
+            for i, block in enumerate(layers):
                 h, layer_state = block(h, None if state is None else state[i], cu_seqlens)
                 states.append(layer_state)
             state = tuple(states)

@@ -1,5 +1,6 @@
 """Causal softmax attention with grouped key-value heads (arXiv 2305.13245) and rotary positions (arXiv 2104.09864)."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,7 @@ class Attention(nn.Module):
         bias: bias on the four projections.
         scale: of the scores; None takes 1 / √head_dim.
         d_conv: width of a causal convolution over q, k and v before the positions; None has none.
+        d_out: width of the result; None takes `d_model`.
 
     Raises:
         ValueError: sizes that do not divide, or an odd number of channels to rotate.
@@ -87,6 +89,7 @@ class Attention(nn.Module):
         bias: bool = False,
         scale: float | None = None,
         d_conv: int | None = None,
+        d_out: int | None = None,
     ):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
@@ -110,7 +113,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
-        self.out_proj = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
+        self.out_proj = nn.Linear(n_heads * self.head_dim, d_model if d_out is None else d_out, bias=bias)
         self.conv1d = None
         if d_conv is not None:
             # Holds the weights (channels of q, k and v, 1, d_conv); the operator computes.
@@ -129,7 +132,12 @@ class Attention(nn.Module):
         return d_model // n_heads
 
     def forward(
-        self, u: Tensor, state: AttentionState | None = None, cu_seqlens: Tensor | None = None
+        self,
+        u: Tensor,
+        state: AttentionState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        adapters: Iterable[nn.Module] | None = None,
     ) -> tuple[Tensor, AttentionState]:
         """Training, prefill, chunked prefill and one-token steps alike.
 
@@ -138,6 +146,7 @@ class Attention(nn.Module):
             state: what a previous call returned, or None for the start of a sequence; not modified.
             cu_seqlens: `(nseq + 1,)` int32 boundaries of sequences packed along time; batch must be 1. Reads them on
                 the host.
+            adapters: maps whose results are added to those of the projections of q, k and v.
 
         Returns:
             y like `u`, and the state after the last token (of every packed sequence).
@@ -159,6 +168,8 @@ class Attention(nn.Module):
                 f"Attention: the state holds {state.k.shape[0]} sequences, the input {nseq}; give its own state."
             )
         qkv = [apply_linear(p, u) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        if adapters is not None:
+            qkv = [t + adapter(u) for t, adapter in zip(qkv, adapters, strict=True)]
         conv = u.new_zeros(nseq, 0, 0)
         if self.conv1d is not None:
             joined, conv = causal_conv1d(

@@ -34,6 +34,15 @@ PATTERNS = {
     "wide attention": {"pattern": "*", "n_heads": 3, "n_kv_heads": 1, "head_dim": 16, "attention_conv": 4},
     "biases": {"pattern": "M*-", "mamba_bias": True, "conv_bias": False, "attention_bias": True, "mlp_bias": True},
     "experts": {"pattern": "E", "n_experts": 4, "experts_per_token": 2, "d_expert": 24, "d_shared": 16},
+    "side by side": {"pattern": "P-", "n_heads": 2, "branch_scales": (1.0, 0.5, 2.0, 1.0)},
+    "shared": {
+        "pattern": "MSSS",
+        "n_heads": 4,
+        "head_dim": 8,
+        "n_shared": 2,
+        "adapter_rank": 3,
+        "attention_adapters": True,
+    },
     "hybrid": {"pattern": "M*-M", "tie_embeddings": False, "n_heads": 2},
 }
 
@@ -52,7 +61,14 @@ def flops(run: Callable[[], Any]) -> int:
 def skipped_half(config: ModelConfig, seqlen: int, batch: int) -> int:
     """The upper triangles of attention's two products, which that form computes and a causal one need not."""
     width = config.n_heads * config.head_dim if config.n_heads and config.head_dim else config.d_model
-    return config.layer_types.count("attention") * 2 * batch * seqlen * seqlen * width
+    return (
+        sum(kind in ("attention", "parallel", "shared") for kind in config.layer_types)
+        * 2
+        * batch
+        * seqlen
+        * seqlen
+        * width
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)

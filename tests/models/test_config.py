@@ -107,6 +107,8 @@ def test_published_sizes(name: str) -> None:
         ({"embedding_std": -1.0}, ValueError, ["embedding_std=-1.0"]),
         ({"logits_scale": math.inf}, ValueError, ["logits_scale=inf", "finite"]),
         ({"pattern": "ME", "n_experts": 2, "d_expert": 3}, ValueError, ["'ME'", "experts_per_token"]),
+        ({"pattern": "MS"}, ValueError, ["'MS'", "adapter_rank"]),
+        ({"pattern": "P", "branch_scales": (1.0,)}, ValueError, ["branch_scales", "4 finite numbers"]),
         ({"mlp_activation": "tanh"}, ValueError, ["'tanh'", "swiglu"]),
     ],
 )

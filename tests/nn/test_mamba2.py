@@ -55,6 +55,7 @@ def test_is_the_composition_of_its_operators(sizes: str) -> None:
     z, xBC, dt = projected[..., :e], projected[..., e : 2 * e + 2 * bc], projected[..., 2 * e + 2 * bc :]
     padded = F.pad(xBC.mT, (block.d_conv - 1, 0))
     xBC = F.silu(F.conv1d(padded, block.conv1d.weight, block.conv1d.bias, groups=xBC.shape[-1])).mT
+    assert block.norm is not None
     x = xBC[..., :e].unflatten(-1, (heads, block.headdim))
     B, C = (t.unflatten(-1, (block.ngroups, -1)) for t in (xBC[..., e : e + bc], xBC[..., e + bc :]))
     delta = F.softplus(dt + block.dt_bias).clamp(*block.dt_limit)

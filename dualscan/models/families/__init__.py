@@ -20,6 +20,7 @@ _MODULES = {
     "nemotron_h": ("hf.nemotron_h", "NEMOTRON_H"),
     "granitemoehybrid": ("hf.granite", "GRANITE"),
     "falcon_h1": ("hf.falcon_h1", "FALCON_H1"),
+    "zamba2": ("hf.zamba2", "ZAMBA2"),
     "jamba": ("hf.jamba", "JAMBA"),
 }
 NAMES = tuple(_MODULES)

@@ -160,6 +160,31 @@ _CASES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
             },
         },
     ),
+    "zamba2": (
+        "Zamba2Config",
+        {
+            "hidden_size": 24,
+            "num_hidden_layers": 6,
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid", "hybrid"],
+            "num_attention_heads": 3,
+            "n_mamba_heads": 6,
+            "mamba_d_state": 8,
+            "intermediate_size": 28,
+            "adapter_rank": 3,
+            "chunk_size": 8,
+            "vocab_size": VOCABULARY,
+        },
+        {
+            "one transformer": {"num_mem_blocks": 1},
+            "two in turn, rotary, groups": {"num_mem_blocks": 2, "use_mem_rope": True, "mamba_ngroups": 2},
+            "adapters, biases": {
+                "num_mem_blocks": 2,
+                "use_shared_attention_adapter": True,
+                "add_bias_linear": True,
+                "time_step_min": 0.05,
+            },
+        },
+    ),
     "jamba": (
         "JambaConfig",
         {
