@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,5 +59,6 @@ def spectrum(log_decay: Tensor, quantiles: tuple[float, ...] = (0.05, 0.25, 0.5,
     """
     rates = log_decay.movedim(2, 0).flatten(1).abs()
     # Of the rates, which are finite where half-lives may not be; a low rate is a long half-life.
-    at = torch.tensor([1 - q for q in quantiles], dtype=rates.dtype, device=rates.device)
-    return half_lives(torch.quantile(rates, at, dim=1).T)
+    # NumPy selects where PyTorch sorts, which takes four times as long, and takes no more than 16 million numbers.
+    found = np.quantile(rates.cpu().numpy(), [1 - q for q in quantiles], axis=1)
+    return half_lives(torch.from_numpy(found).to(rates).T)

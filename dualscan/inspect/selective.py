@@ -88,32 +88,33 @@ def mean_of_scans(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, left: Tensor, rig
         F.pad(t, (*(0, 0) * (t.ndim - 1 - axis), 0, length - seqlen))
         for t, axis in ((dt, 1), (B, 1), (C, 1), (left, 2), (right, 1))
     )
-    out = left.new_zeros(*left.shape[:2], dt.shape[2], length, length)
-    right = right * dt
-    present = torch.einsum("kbtgp,btgp->kbgt", left, right) * (B * C).sum(-1)[:, None]
-    out.diagonal(dim1=-2, dim2=-1).copy_(present)
+    # Groups before tokens: then tokens and the pairs (channel, state) that are summed lie as matrix products want them.
+    dt, right, left = dt.transpose(1, 2), (right * dt).transpose(1, 2), left.permute(1, 3, 2, 0, 4)
+    B, C = B.unsqueeze(1), C.unsqueeze(1)
+    out = left.new_zeros(left.shape[3], *left.shape[:2], length, length)
+    present = (left * right.unsqueeze(3)).sum(-1) * (B * C).sum(-1, keepdim=True)
+    out.diagonal(dim1=-2, dim2=-1).copy_(present.movedim(-1, 0))
     half = 1
     while half < length:
         # Blocks of 2 `half` tokens: rows of the second half read columns of the first across the token between.
         split = (-1, 2, half)
-        late, early = dt.unflatten(1, split)[:, :, 1], dt.unflatten(1, split)[:, :, 0]
-        since = late.cumsum(2)
+        early, late = dt.unflatten(2, split).unbind(3)
+        since = late.cumsum(3)
         # Summed from the end: a difference of sums would cancel where little is between.
-        until = F.pad(early.flip(2).cumsum(2).flip(2)[:, :, 1:], (0, 0, 0, 0, 0, 1))
-        rows = torch.einsum(
-            "bmtgpn,bmtn,kbmtgp->kbmgtpn",
-            (since.unsqueeze(-1) * A).exp_(),
-            C.unflatten(1, split)[:, :, 1],
-            left.unflatten(2, split)[:, :, :, 1],
-        )
-        columns = torch.einsum(
-            "bmtgpn,bmtn,bmtgp->bmgtpn",
-            (until.unsqueeze(-1) * A).exp_(),
-            B.unflatten(1, split)[:, :, 0],
-            right.unflatten(1, split)[:, :, 0],
-        )
-        product = rows.flatten(-2) @ columns.flatten(-2).transpose(-1, -2)
-        blocks = out.unflatten(-1, split).unflatten(-4, split)[..., 1, :, :, 0, :]
-        blocks.diagonal(dim1=-4, dim2=-2).copy_(product.movedim(2, -1))
+        until = F.pad(early.flip(3).cumsum(3).flip(3)[:, :, :, 1:], (0, 0, 0, 1))
+        rows = _decayed(since, A, C.unflatten(2, split)[:, :, :, 1]).unsqueeze(4)
+        rows = rows * left.unflatten(2, split)[:, :, :, 1].unsqueeze(-1)
+        columns = _decayed(until, A, B.unflatten(2, split)[:, :, :, 0])
+        columns *= right.unflatten(2, split)[:, :, :, 0].unsqueeze(-1)
+        product = rows.flatten(-2).flatten(3, 4) @ columns.flatten(-2).transpose(-1, -2)
+        blocks = out.unflatten(-1, split).unflatten(-4, split)[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2)
+        # (batch, groups, blocks, row, k, column) into (k, batch, groups, row, column, blocks)
+        blocks.copy_(product.unflatten(3, (half, -1)).permute(4, 0, 1, 3, 5, 2))
         half *= 2
     return out[..., :seqlen, :seqlen]
+
+
+def _decayed(steps: Tensor, A: Tensor, through: Tensor) -> Tensor:
+    """exp(A · steps) · through, `(batch, groups, blocks, tokens, p, n)`; `steps` has no n and `through` no p."""
+    factors = (steps.unsqueeze(-1) * A[:, None, None]).exp_()
+    return factors.mul_(through.unsqueeze(-2))
