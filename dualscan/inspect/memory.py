@@ -59,6 +59,6 @@ def spectrum(log_decay: Tensor, quantiles: tuple[float, ...] = (0.05, 0.25, 0.5,
     """
     rates = log_decay.movedim(2, 0).flatten(1).abs()
     # Of the rates, which are finite where half-lives may not be; a low rate is a long half-life.
-    # NumPy selects where PyTorch sorts, which takes four times as long, and takes no more than 16 million numbers.
+    # NumPy selects. PyTorch sorts, which takes four times as long, and refuses more than 16 million numbers.
     found = np.quantile(rates.cpu().numpy(), [1 - q for q in quantiles], axis=1)
     return half_lives(torch.from_numpy(found).to(rates).T)
