@@ -49,7 +49,7 @@ class DecayMask(OneSemiseparable):
         object.__setattr__(self, "log_decay", log_decay)
 
     @property
-    def a(self) -> Tensor:
+    def a(self) -> Tensor:  # pyrefly: ignore[bad-override]
         """The factors."""
         return self.log_decay.exp()
 
