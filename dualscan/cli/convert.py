@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from tyro.conf import Positional
 
-from dualscan.cli._arguments import parse
-from dualscan.cli._checkpoints import find
+from dualscan.cli._support.arguments import parse
+from dualscan.cli._support.checkpoints import find
 from dualscan.models import families
 from dualscan.models.lm import MambaLM
 from dualscan.models.weights import CONFIG, FORMAT, is_ours, load, save

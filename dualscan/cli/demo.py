@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from dualscan.cli import FAILED, program
-from dualscan.cli._agreement import compare_forms, table
-from dualscan.cli._arguments import parse, show_progress_messages
+from dualscan.cli._support.agreement import compare_forms, table
+from dualscan.cli._support.arguments import parse, show_progress_messages
 from dualscan.cli.generate import show
 from dualscan.cli.train import describe
 from dualscan.data.sources import embedded

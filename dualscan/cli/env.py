@@ -13,7 +13,7 @@ import torch
 
 import dualscan
 import dualscan.ops
-from dualscan.cli._arguments import parse
+from dualscan.cli._support.arguments import parse
 from dualscan.ops._dispatch import OPERATORS, explain
 from dualscan.train.runtime import pick_precision
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from dualscan.cli._arguments import parse
+from dualscan.cli._support.arguments import parse
 from dualscan.data.packing import TokenStream
 from dualscan.data.sources import documents
 from dualscan.data.tokenizer import load_tokenizer

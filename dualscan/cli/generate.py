@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from tyro.conf import Positional
 
-from dualscan.cli._arguments import parse
-from dualscan.cli._checkpoints import find, tokenizer_of
+from dualscan.cli._support.arguments import parse
+from dualscan.cli._support.checkpoints import find, tokenizer_of
 from dualscan.generate.sampling import Sampling
 from dualscan.generate.text import stream_text
 from dualscan.models.weights import is_ours, load

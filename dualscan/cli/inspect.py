@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tyro.conf import Positional
 
-from dualscan.cli._arguments import parse
+from dualscan.cli._support.arguments import parse
 from dualscan.data.tokenizer import load_tokenizer
 from dualscan.inspect.page import token_labels, write_page
 from dualscan.inspect.report import inspect

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from dualscan.cli import program
-from dualscan.cli._arguments import parse, show_progress_messages, value_of
+from dualscan.cli._support.arguments import parse, show_progress_messages, value_of
 from dualscan.models.presets import PRESETS
 from dualscan.train import checkpoint
 from dualscan.train.config import TrainConfig, from_json, recipe

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dualscan.cli import demo
-from dualscan.cli._agreement import FORMS, compare_forms
+from dualscan.cli._support.agreement import FORMS, compare_forms
 from dualscan.models.lm import MambaLM
 from dualscan.models.presets import preset
 from dualscan.nn import mamba2
