@@ -21,6 +21,7 @@ quick = settings(max_examples=10, deadline=None, derandomize=True)
 
 PATTERNS: dict[str, dict[str, Any]] = {
     "mamba2": {"pattern": "MM"},
+    "mamba": {"pattern": "mmM"},
     "hybrid": {"pattern": "M*-M", "rope_theta": 100.0, "n_kv_heads": 2},
     "attention first": {"pattern": "*M", "tie_embeddings": False},
     "transformer": {"pattern": "*-*-", "rope_theta": 100.0},
