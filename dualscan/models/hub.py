@@ -5,6 +5,8 @@ from pathlib import Path
 
 # What a checkpoint consists of, for us: configuration, weights, tokenizer.
 _FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer.model", "*.txt", "*.jinja"]
+# The same weights once more, in formats that are not read.
+_OTHERS = ["consolidated*", "original/*", "*.gguf"]
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -35,7 +37,7 @@ def find(name: str | Path, *, revision: str | None = None) -> Path:
             f"{name} is no folder here; to fetch it from the hub, pip install 'dualscan[hf]' (huggingface_hub)."
         ) from error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns=_OTHERS))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from dualscan.models import families, hub
 from dualscan.models.config import ModelConfig
@@ -239,11 +240,14 @@ def load(
     layout = Layout(names={}) if family is None else family.layout(config)
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    with open_tensors(folder, device=device) as stored:
+    aliases = {} if family is None else family.aliases
+    with open_tensors(folder, device=device) as found:
+        stored = {aliases.get(name, name): tensor for name, tensor in found.items()}
         _check(stored, layout, shapes, folder, tied=config.tie_embeddings)
         state: dict[str, Tensor] = {}
         dtypes: dict[str, torch.dtype] = {}
-        for part in layout.parts(list(shapes)):
+        parts = layout.parts(list(shapes))
+        for part in tqdm(parts, desc=f"reading {folder.name}", unit=" tensors", delay=1, disable=None):
             tensors = [stored[name].read() for name in part.theirs]
             dtypes |= {name: t.dtype for name, t in zip(part.theirs, tensors, strict=True)}
             state |= part.read(tensors, shapes)

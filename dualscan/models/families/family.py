@@ -1,7 +1,7 @@
 """What the package knows of another program's checkpoints: their settings and the names of their tensors."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from dualscan.models.config import ModelConfig
@@ -21,6 +21,7 @@ class Family:
         layout: the names of its tensors.
         to_config: a `config.json` for one of our configurations; None if only checkpoints that came from there go back.
         weights: the file that it is saved as.
+        aliases: names that some files use for a tensor -> the name that they should.
         head_when_tied: it stores the output projection also where that is the embedding.
         differences: where the model here computes something else than the family's own code, on purpose.
     """
@@ -31,5 +32,6 @@ class Family:
     layout: Callable[[ModelConfig], Layout]
     to_config: Callable[[ModelConfig], dict[str, Any]] | None = None
     weights: str = SAFETENSORS
+    aliases: Mapping[str, str] = field(default_factory=dict)
     head_when_tied: bool = False
     differences: str = ""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import dualscan
 from dualscan.models.lm import MambaLM
@@ -99,6 +100,19 @@ def test_round_trip_is_bit_identical(pair: Pair, dtype: torch.dtype, tmp_path: P
     left, right = (dualscan.load(tmp_path / who) for who in ("theirs", "back"))
     assert left.source == right.source
     assert left.config == right.config
+
+
+def test_a_step_of_training_goes_back_to_transformers(pair: Pair, tmp_path: Path) -> None:
+    ours, ids = copy.deepcopy(pair.ours), tokens(2, 8)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    ours.loss(ids, ids).backward()
+    optimizer.step()
+    ours.save(tmp_path, format="source")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.inference_mode():
+        logits = ours(ids).logits
+        assert relative_error(logits[..., : theirs.config.vocab_size], theirs(ids).logits) <= LOGITS
+    assert not torch.equal(logits, pair.ours(ids).logits)
 
 
 def test_shards(pair: Pair, tmp_path: Path) -> None:

@@ -140,6 +140,13 @@ def test_a_pickle_of_something_else(tmp_path: Path) -> None:
     refused(tmp_path, "pytorch_model.bin", "not a dictionary of tensors")
 
 
+def test_the_first_name_of_the_embedding(tmp_path: Path) -> None:
+    theirs = saved(MAMBA2, tmp_path)
+    old, new = "backbone.embedding.weight", "backbone.embeddings.weight"
+    change(tmp_path, lambda tensors: tensors.update({old: tensors.pop(new)}))
+    assert torch.equal(dualscan.load(tmp_path).embedding.weight, theirs.state_dict()[new])
+
+
 def test_pickled_weights_of_transformers(tmp_path: Path) -> None:
     theirs = saved(MAMBA2, tmp_path)
     (tmp_path / WEIGHTS).unlink()

@@ -7,6 +7,9 @@ from dualscan.models.families.family import Family
 from dualscan.models.families.layout import Layout
 from dualscan.models.families.settings import Settings
 
+# As transformers itself reads them: the name of the first conversions.
+_ALIASES = {"backbone.embedding.weight": "backbone.embeddings.weight"}
+
 
 def _mamba2_config(settings: Settings) -> ModelConfig:
     settings.only("hidden_act", "silu", lacks="another activation")
@@ -113,6 +116,7 @@ MAMBA2 = Family(
     config=_mamba2_config,
     layout=_layout,
     to_config=_mamba2_to_config,
+    aliases=_ALIASES,
     differences=(
         "the gated norm treats each of n_groups groups by itself, as in mamba_ssm and transformers 5; transformers 4 "
         "normalised all channels together, which `load(..., norm_groups=1)` computes. Cached steps of transformers "
@@ -126,4 +130,5 @@ MAMBA = Family(
     config=_mamba_config,
     layout=_layout,
     to_config=_mamba_to_config,
+    aliases=_ALIASES,
 )
