@@ -30,6 +30,7 @@ class Replacements:
 
     @property
     def changed(self) -> list[str]:
+        """The replaced functions by their full names; none any more after `undo`."""
         return [f"{module.__name__}.{name}" for module, name, _, _ in self._replaced]
 
     def replace(self, module: ModuleType, ours: Callable[..., Any]) -> None:
