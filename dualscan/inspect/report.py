@@ -130,7 +130,6 @@ def inspect(
         assert isinstance(block, Block)
         u = block.norm(stream[i]).to(block.compute_dtype)
         view = look(block.mixer, u)
-        stream[i] = u[:, :0]  # read; its memory goes back
         if view is None:
             continue
         sums = {name: _sum_heads(view, name, map_block) for name in VIEWS}
