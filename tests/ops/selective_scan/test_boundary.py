@@ -37,15 +37,16 @@ def arguments(
     return [*tensors, problem.options.get("cu_seqlens"), which != "bare"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("which", ["bare", "full", "packed"])
+@pytest.mark.parametrize(
+    ("which", "dtype"), [("bare", torch.float32), ("full", torch.bfloat16), ("packed", torch.float32)]
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form: str, which: str, dtype: torch.dtype) -> None:
     forward, backward = FORMS[form]
     torch.library.opcheck(forward, arguments(which, dtype=dtype, requires_grad=True))
     plain = arguments(which, dtype=dtype)
     y, states = forward(*plain)
-    for dy, dfinal in ((y, states), (y, None), (None, states)):
+    for dy, dfinal in [(y, None), (None, states)] if which == "bare" else [(y, states)]:
         torch.library.opcheck(backward, [dy, dfinal, *plain])
 
 
