@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,34 @@ def ssd_shapes() -> str:
     return markdown(header, rows) + _origin(records)
 
 
+def block_operator(job: str) -> str:
+    """An operator of the block on a GPU beside its rivals: kernel time against the bytes or FLOPs at the ceiling."""
+    records = load(job)
+    impls = list(dict.fromkeys(r["impl"] for r in records))
+    rows = []
+    for shape, pass_ in dict.fromkeys((r["shape"], r["pass"]) for r in records):
+        cells = [f"{shape}, {PASSES[pass_]}"]
+        for impl in impls:
+            found = [r for r in records if (r["shape"], r["pass"], r["impl"]) == (shape, pass_, impl)]
+            cells.append(f"{found[0]['kernel_ms']:.3g} ms, {found[0]['peak_mib']:.0f} MiB" if found else "")
+        mine = _find(records, shape=shape, impl="dualscan", **{"pass": pass_})
+        rows.append([*cells, f"{100 * mine['share']:.0f} %", f"{max(mine['error'].values()):.1e}"])
+    return markdown(["", *impls, "of the ceiling", "largest error"], rows) + _origin(records)
+
+
+def selective_scan() -> str:
+    """Mamba's scan on the CPU beside transformers' and SSD of the same width."""
+    records = load("selective_scan")
+    impls = list(dict.fromkeys(r["impl"] for r in records))
+    rows = []
+    for shape, pass_ in dict.fromkeys((r["shape"], r["pass"]) for r in records):
+        found = {r["impl"]: r["call_ms"] for r in records if (r["shape"], r["pass"]) == (shape, pass_)}
+        rows.append(
+            [f"{shape}, {PASSES[pass_]}", *(f"{found[impl]:.3g} ms" if impl in found else "" for impl in impls)]
+        )
+    return markdown(["", *impls], rows) + _origin(records)
+
+
 def sma() -> str:
     """Both orders of structured masked attention against length, and the crossovers."""
     records = load("sma")
@@ -167,6 +196,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ssd": ssd,
     "ssd_shapes": ssd_shapes,
     "sma": sma,
+    "selective_scan": selective_scan,
+    **{job: partial(block_operator, job) for job in ("conv1d", "norm", "loss")},
 }
 
 
