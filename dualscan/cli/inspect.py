@@ -86,6 +86,7 @@ def about(config: ModelConfig) -> str:
         "mlp": "MLP",
         "moe": "experts",
         "parallel": "Mamba-2 beside attention",
+        "shared": "Mamba-2 with a shared transformer",
     }
     kinds = Counter(config.layer_types)
     layers = ", ".join(f"{count} {names.get(kind, kind)}" for kind, count in kinds.items())

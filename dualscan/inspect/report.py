@@ -11,10 +11,9 @@ from tqdm import tqdm
 from dualscan.inspect.layer import LayerView
 from dualscan.inspect.memory import effective_context, spectrum
 from dualscan.inspect.relevance import add_layer, fuse, mean_mixing
-from dualscan.inspect.trace import logit_gradients, residual_stream
+from dualscan.inspect.trace import logit_gradients, trace
 from dualscan.inspect.views import look
 from dualscan.models.lm import MambaLM
-from dualscan.nn.block import Block
 
 VIEWS = ("operator", "unified")
 # Bytes of one temporary of a block of heads.
@@ -117,7 +116,7 @@ def inspect(
     seqlen = tokens.shape[0]
     map_block, mean_block = -(-seqlen // resolution), -(-seqlen // mean_resolution)
     _check_memory(model, seqlen, -(-seqlen // map_block), memory)
-    stream = residual_stream(model, tokens[None])
+    stream, inputs = trace(model, tokens[None])
     embedding = stream[0][0]
     predictions = _predictions(model, stream[-1][0, -1])
     target = predictions[0][0] if target is None else target
@@ -127,9 +126,7 @@ def inspect(
     relevance: dict[str, Tensor | None] = dict.fromkeys(VIEWS)
     bar = tqdm(model.layers, desc="layers", unit="", disable=not progress)
     for i, block in enumerate(bar):
-        assert isinstance(block, Block)
-        u = block.norm(stream[i]).to(block.compute_dtype)
-        view = look(block.mixer, u)
+        view = look(block.get_submodule("mixer"), inputs[i])
         if view is None:
             continue
         sums = {name: _sum_heads(view, name, map_block) for name in VIEWS}
@@ -222,7 +219,7 @@ def _check(model: MambaLM, tokens: Tensor, target: int | None) -> None:
     wrong = [token for token in asked if not 0 <= token < config.vocab_size]
     if wrong:
         raise ValueError(f"token {wrong[0]} is not in 0 to {config.vocab_size - 1}; use this model's own tokenizer.")
-    if not {"mamba", "mamba2", "parallel"} & set(config.layer_types):
+    if not {"mamba", "mamba2", "parallel", "shared"} & set(config.layer_types):
         raise ValueError(
             f"the model has no Mamba layers (pattern {config.pattern!r}); inspect looks at their matrices."
         )

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dualscan.inspect.relevance import mean_mixing, rollout, weighted_mixing
-from dualscan.inspect.trace import logit_gradients, residual_stream
+from dualscan.inspect.trace import logit_gradients, trace
 from dualscan.models.config import ModelConfig
 from dualscan.models.lm import MambaLM
+from dualscan.nn.hybrid.shared import SharedBlock
 
 quick = settings(max_examples=15, deadline=None, derandomize=True)
 
@@ -69,14 +70,14 @@ def test_weighted_mixing_entry_by_entry(nheads: int, seqlen: int) -> None:
         assert actual[i, j].item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
-@pytest.mark.parametrize(("pattern", "scale"), [("MM", 1.0), ("M*-mP", 0.6)])
+@pytest.mark.parametrize(("pattern", "scale"), [("MM", 1.0), ("M*-mP", 0.6), ("MSS", 0.8)])
 def test_gradients_layer_by_layer_are_those_of_the_whole_model(pattern, scale):
     torch.manual_seed(1)
-    sizes = {"d_model": 16, "vocab_size": 20, "d_state": 4, "headdim": 8, "embedding_std": 1.0}
+    sizes = {"d_model": 16, "vocab_size": 20, "d_state": 4, "headdim": 8, "embedding_std": 1.0, "adapter_rank": 2}
     config = ModelConfig(pattern=pattern, embedding_scale=scale, residual_scale=scale, logits_scale=scale, **sizes)
     model = MambaLM(config).double()
     tokens = torch.randint(20, (1, 7))
-    stream = residual_stream(model, tokens)
+    stream = trace(model, tokens).stream
     torch.testing.assert_close(
         scale * torch.nn.functional.linear(model.norm_f(stream[-1]), model.output_weight), model(tokens).logits
     )
@@ -86,7 +87,8 @@ def test_gradients_layer_by_layer_are_those_of_the_whole_model(pattern, scale):
         h = stream[first].clone().requires_grad_()
         top = h
         for block in itertools.islice(model.layers, first, None):
-            top = block(top)[0]
+            own = {"embedding": stream[0] if first else h} if isinstance(block, SharedBlock) else {}
+            top = block(top, **own)[0]
         logit = scale * (model.norm_f(top) @ model.output_weight.T)[0, 4, 3]
         (expected,) = torch.autograd.grad(logit, h)
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13)
@@ -97,7 +99,7 @@ def test_gradients_layer_by_layer_are_those_of_the_whole_model(pattern, scale):
 def test_gradients_agree_with_finite_differences():
     config = ModelConfig(d_model=16, pattern="M", vocab_size=20, d_state=4, headdim=8, embedding_std=1.0)
     model, tokens = MambaLM(config).double(), torch.randint(20, (1, 5))
-    stream = residual_stream(model, tokens)
+    stream = trace(model, tokens).stream
     *_, gradient = logit_gradients(model, stream, position=-1, target=2)
     direction, step = torch.randn(1, 5, 16, dtype=torch.float64), 1e-5
 

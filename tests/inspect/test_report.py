@@ -7,7 +7,7 @@ from dualscan.inspect import report as reports
 from dualscan.inspect.memory import effective_context, spectrum
 from dualscan.inspect.relevance import mean_mixing, rollout, weighted_mixing
 from dualscan.inspect.report import VIEWS, inspect, pool
-from dualscan.inspect.trace import logit_gradients, residual_stream
+from dualscan.inspect.trace import logit_gradients, trace
 from dualscan.inspect.views import look
 from dualscan.models.config import ModelConfig
 from dualscan.models.lm import MambaLM
@@ -18,7 +18,7 @@ def model() -> MambaLM:
     torch.manual_seed(2)
     sizes = {"d_model": 32, "vocab_size": 30, "d_state": 8, "headdim": 8, "n_heads": 2, "embedding_std": 1.0}
     scales = {"embedding_scale": 2.0, "residual_scale": 0.7, "logits_scale": 0.3}
-    return MambaLM(ModelConfig(pattern="M*-mP", **sizes, **scales)).double()
+    return MambaLM(ModelConfig(pattern="M*-mPS", adapter_rank=2, **sizes, **scales)).double()
 
 
 TOKENS = torch.randint(30, (17,), generator=torch.Generator().manual_seed(3))
@@ -28,12 +28,12 @@ TOKENS = torch.randint(30, (17,), generator=torch.Generator().manual_seed(3))
 def test_report_is_what_its_parts_say(model, monkeypatch, block_bytes):
     monkeypatch.setattr(reports, "_BLOCK_BYTES", block_bytes)
     seen = inspect(model, TOKENS, target=5, resolution=6, mean_resolution=17)
-    stream = residual_stream(model, TOKENS[None])
+    stream, inputs = trace(model, TOKENS[None])
     gradients = list(logit_gradients(model, stream, position=-1, target=5))[::-1]
     kinds = [(layer.index, layer.kind) for layer in seen.layers]
-    assert kinds == [(0, "mamba2"), (1, "attention"), (3, "mamba"), (4, "parallel")]
+    assert kinds == [(0, "mamba2"), (1, "attention"), (3, "mamba"), (4, "parallel"), (5, "shared")]
     assert (seen.map_block, seen.mean_block) == (3, 1)
-    looked = ((i, look(model.layers[i].mixer, model.layers[i].norm(stream[i]))) for i in range(5))
+    looked = ((i, look(model.layers[i].mixer, inputs[i])) for i in range(6))
     views = {i: view for i, view in looked if view is not None}
     for name in VIEWS:
         matrices = {i: getattr(view, name)()[0] for i, view in views.items()}

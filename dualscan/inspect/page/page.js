@@ -3,7 +3,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const MEAN = -1;
 const VIEW_NAMES = { operator: "operator", unified: "unified (with convolution, gate, norm)" };
-const KIND_NAMES = { mamba2: "Mamba-2", mamba: "Mamba", attention: "attention", parallel: "Mamba-2 and attention" };
+const KIND_NAMES = { mamba2: "Mamba-2", mamba: "Mamba", attention: "attention", parallel: "Mamba-2 and attention", shared: "Mamba-2" };
 const length = data.tokens.length;
 // What is chosen; everything drawn follows from it. `row` and `column` are tokens; `column` is null until one is pointed at.
 const chosen = { view: data.views[0], layer: 0, head: MEAN, scale: "row", strip: "rollout", row: length - 1, column: null };
