@@ -15,6 +15,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# PyTorch collects its factory functions at the first use of a device context; if that came after `_poison`, layers on
+# the meta device would take real memory.
+with torch.device("meta"):
+    torch.empty(0)
+
 _REAL_EMPTY = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
 
 
