@@ -58,7 +58,7 @@ def export_prefill(model: MambaLM, *, seqlen: int, batch: int = 1, logits_to_kee
             `"0.ssm"`, that of layer 0.
 
     Raises:
-        ValueError: `seqlen` or `batch` is below 1.
+        ValueError: `seqlen` or `batch` is below 1, or the model has experts.
 
     Example:
         >>> from dualscan.models.presets import preset
@@ -84,7 +84,7 @@ def export_step(model: MambaLM, *, batch: int = 1) -> ExportedProgram:
         A program from `tokens` `(batch, 1)` and the state, as `export_prefill`'s gives it, to the logits and the state.
 
     Raises:
-        ValueError: `batch` is below 1.
+        ValueError: `batch` is below 1, or the model has experts.
     """
     tokens = _tokens(model, batch, 4)
     with torch.no_grad():
@@ -126,6 +126,11 @@ def save_onnx(program: ExportedProgram, path: str | Path) -> None:
 
 
 def _tokens(model: MambaLM, batch: int, seqlen: int) -> Tensor:
+    if "moe" in model.config.layer_types:
+        raise ValueError(
+            f"pattern={model.config.pattern!r} has experts (E), whose work depends on the data; there is "
+            "no fixed program. A model without E can be exported."
+        )
     for name, value in (("batch", batch), ("seqlen", seqlen)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")

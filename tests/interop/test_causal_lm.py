@@ -18,7 +18,8 @@ from tests.oracle import assert_close
 
 VOCAB = 61
 SIZES: dict[str, Any] = {"d_model": 32, "vocab_size": VOCAB, "d_state": 8, "headdim": 16, "n_heads": 4}
-PATTERNS = ("MM", "mM*-")
+EXPERTS: dict[str, Any] = {"n_experts": 4, "experts_per_token": 2, "d_expert": 8}
+PATTERNS = ("MM", "mM*-", "PSES")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,7 +29,15 @@ def _registered() -> None:
 
 def model(pattern: str = "mM*-", **changes: Any) -> DualscanForCausalLM:
     config = dualscan.ModelConfig(
-        **{**SIZES, "pattern": pattern, "rope_theta": 1e4, "tie_embeddings": False, **changes}
+        **{
+            **SIZES,
+            **EXPERTS,
+            "adapter_rank": 4,
+            "pattern": pattern,
+            "rope_theta": 1e4,
+            "tie_embeddings": False,
+            **changes,
+        }
     )
     wrapped = DualscanForCausalLM.from_model(dualscan.MambaLM(config).eval(), pad_token_id=0, eos_token_id=1)
     with torch.no_grad():
@@ -54,21 +63,21 @@ def padded(side: str, lengths: tuple[int, ...] = (5, 12, 9)) -> tuple[Tensor, Te
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("side", ["left", "right", "between"])
 def test_padding_changes_nothing(pattern: str, side: str) -> None:
-    """Values and gradients of a padded batch are those of its rows alone."""
-    wrapped = model(pattern)
+    """Values and gradients of a padded batch are those of its rows alone; in float64, where nothing hides."""
+    wrapped = model(pattern).double()
     tokens, mask, rows = padded(side)
     logits = wrapped(tokens, attention_mask=mask).logits
-    weights = torch.randn(VOCAB)
+    weights = torch.randn(VOCAB, dtype=torch.float64)
     (logits[mask.bool()] @ weights).sin().sum().backward()
     grads = {name: p.grad.clone() for name, p in wrapped.named_parameters() if p.grad is not None}
     wrapped.zero_grad()
     for i, row in enumerate(rows):
         alone = wrapped.model(row[None]).logits[0, :, :VOCAB]
-        assert_close(f"row {i}", logits[i, mask[i].bool()], alone, dtype=torch.float32)
+        assert_close(f"row {i}", logits[i, mask[i].bool()], alone, dtype=torch.float64)
         (alone @ weights).sin().sum().backward()
     for name, p in wrapped.named_parameters():
         assert p.grad is not None
-        assert_close(name, grads[name], p.grad, dtype=torch.float32, gradient=True)
+        assert_close(name, grads[name], p.grad, dtype=torch.float64, gradient=True)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -203,7 +212,7 @@ def test_trainer_takes_a_step(tmp_path: Path) -> None:
         assert_close(name, p, expected[name], dtype=torch.float32)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", PATTERNS[:2])
 def test_lora(pattern: str) -> None:
     """Default targets; gradients reach the adapters alone; adapters compute what their merged weights compute."""
     import peft

@@ -13,13 +13,16 @@ import dualscan
 from dualscan.interop import export_prefill, export_step, save_onnx
 from tests.oracle import assert_close
 
-PATTERNS = ("MM", "Mm*-")
+PATTERNS = ("MM", "Pm*-S")
 SEQLEN, BATCH = 70, 2  # more than a chunk, and not a multiple
 
 
 def model(pattern: str) -> dualscan.MambaLM:
     sizes: dict[str, Any] = {"d_model": 32, "vocab_size": 61, "d_state": 8, "headdim": 16, "n_heads": 4, "ngroups": 2}
-    built = dualscan.MambaLM(dualscan.ModelConfig(**sizes, pattern=pattern, rope_theta=1e4)).eval()
+    experts = {"n_experts": 4, "experts_per_token": 2, "d_expert": 8}
+    built = dualscan.MambaLM(
+        dualscan.ModelConfig(**sizes, **experts, pattern=pattern, rope_theta=1e4, adapter_rank=4)
+    ).eval()
     with torch.no_grad():
         for p in built.parameters():
             if p.ndim > 1:
@@ -66,7 +69,9 @@ def test_onnx(tmp_path: Path) -> None:
     def run(session: onnxruntime.InferenceSession, inputs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip([out.name for out in session.get_outputs()], session.run(None, inputs), strict=True))
 
-    assert [i.name for i in sessions[1].get_inputs()][:3] == ["tokens", "state.0.conv", "state.0.ssm"]
+    outputs = [out.name for out in sessions[1].get_outputs()]
+    assert "next.1.ssm" in outputs
+    assert [i.name for i in sessions[1].get_inputs()] == ["tokens", *(n.replace("next", "state") for n in outputs[1:])]
     made = run(sessions[0], {"tokens": tokens[:, :SEQLEN].numpy()})
     with torch.no_grad():
         expected = lm(tokens[:, :SEQLEN], logits_to_keep=1)
@@ -85,6 +90,8 @@ def test_messages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         export_prefill(lm, seqlen=0)
     with pytest.raises(ValueError, match="batch=-1 must be at least 1"):
         export_step(lm, batch=-1)
+    with pytest.raises(ValueError, match=r"pattern='ME' has experts \(E\).*without E"):
+        export_step(model("ME"))
     program = export_step(lm)
     with pytest.raises(OSError, match="nowhere"):
         save_onnx(program, tmp_path / "nowhere" / "step.onnx")
