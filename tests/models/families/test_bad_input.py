@@ -239,7 +239,7 @@ def test_no_such_repository(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    refused("runs/demo", "runs/demo is neither a folder here nor a repository", error=FileNotFoundError)
+    refused("no/such", "no/such is neither a folder here nor a repository", error=FileNotFoundError)
 
 
 def test_without_the_hub_client(monkeypatch: pytest.MonkeyPatch) -> None:
