@@ -42,9 +42,9 @@ def forget_stale_code(operators: Path) -> None:
     Numba compares a kernel with its own file only, not with the files of the functions that it has inlined.
     """
     newest = max(path.stat().st_mtime for path in operators.rglob("*.py"))
-    for index in operators.rglob("__pycache__/*.nbi"):
-        if index.stat().st_mtime < newest:
-            with suppress(OSError):  # another process was faster, or the folder is read-only
+    for index in list(operators.rglob("__pycache__/*.nbi")):
+        with suppress(OSError):  # another process was faster, or the folder is read-only
+            if index.stat().st_mtime < newest:
                 index.unlink()
 
 
