@@ -26,7 +26,7 @@ def model(pattern: str) -> dualscan.MambaLM:
     with torch.no_grad():
         for p in built.parameters():
             if p.ndim > 1:
-                p.normal_(std=0.3)
+                p.normal_(std=0.1)
     return built
 
 
