@@ -132,6 +132,16 @@ def ssd_shapes() -> str:
     return markdown(header, rows) + _origin(records)
 
 
+def in_transformers() -> str:
+    """transformers' own model on this package's operators."""
+    records = load("in_transformers")
+    rows = []
+    for shape, pass_, words in (*LM_ROWS[:2], LM_ROWS[3]):
+        found = [r for r in records if (r["shape"], r["pass"]) == (shape, pass_)]
+        rows.append([words, *(f"{r['call_ms']:.4g} ms ({r['ratio']:.2f}x)" for r in found)])
+    return markdown(["", *dict.fromkeys(r["impl"] for r in records)], rows) + _origin(records)
+
+
 def block_operator(job: str) -> str:
     """An operator of the block on a GPU beside its rivals: kernel time against the bytes or FLOPs at the ceiling."""
     records = load(job)
@@ -197,6 +207,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ssd_shapes": ssd_shapes,
     "sma": sma,
     "selective_scan": selective_scan,
+    "in_transformers": in_transformers,
     **{job: partial(block_operator, job) for job in ("conv1d", "norm", "loss")},
 }
 
