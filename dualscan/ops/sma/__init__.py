@@ -31,7 +31,7 @@ def sma(
     causal: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Structured masked attention, y_t = Σ_s L_ts (q_t · k_s) v_s (section 4.2 of arXiv 2405.21060).
+    """Structured masked attention, y_t = Σ_s L_ts (q_t · k_s) v_s (section 4.3 of arXiv 2405.21060).
 
     The quadratic order computes (L ∘ Q Kᵀ) V; the linear one multiplies L with the outer products of keys and values,
     and then contracts with the queries: the same contraction of four tensors in another order. Kernel feature maps are

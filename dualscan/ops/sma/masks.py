@@ -1,7 +1,7 @@
 """Masks of structured masked attention: the decaying ones of this library, and what multiplying by any of them costs.
 
 Every `StructuredMatrix` is a mask. Those here are 1-semiseparable and keep the logarithm of their factors, so that a
-decay close to 1 loses nothing: linear attention, RetNet, and SSD itself (section 4.2 of arXiv 2405.21060).
+decay close to 1 loses nothing: linear attention, RetNet, and SSD itself (section 4.3 of arXiv 2405.21060).
 """
 
 import math
