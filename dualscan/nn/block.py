@@ -71,7 +71,7 @@ def step_blocks(
     Returns:
         The residual stream after the last block, and the next states.
     """
-    if h.dtype != torch.float32 or needs_operators(h) or torch.compiler.is_compiling():
+    if h.device.type != "cpu" or h.dtype != torch.float32 or needs_operators(h) or torch.compiler.is_compiling():
         return _step_run(blocks, None, h, states)
     runs = _runs(blocks)
     if len(runs) == 1 and reuse_state and runs[0][1] is not None:

@@ -40,7 +40,7 @@ def mamba2_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[
         y `(batch, 1, d_model)` and the next conv and ssm states; the given ones are not modified.
     """
     stepped = None
-    if u.shape[0] <= decode.MOST_ROWS and not torch.compiler.is_compiling():
+    if u.device.type == "cpu" and u.shape[0] <= decode.MOST_ROWS and not torch.compiler.is_compiling():
         known = _PLANS.get(mixer)
         if known is None or not known[0].unchanged():
             known = _PLANS[mixer] = Watch([mixer]), make_plan([(mixer, None)])
