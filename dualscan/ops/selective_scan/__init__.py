@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dualscan.ops import _dispatch, _numba, _triton
+from dualscan.ops._autograd import without_autocast
 from dualscan.ops._launch import unsupported
 from dualscan.ops.selective_scan import library, reference, validate
-from dualscan.ops.ssd.blocks import without_autocast
 
 __all__ = ["SelectiveScanOutput", "selective_scan", "selective_scan_step"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dualscan.ops._autograd import differentiable
 from dualscan.ops._pointwise import accumulation_dtype
 from dualscan.ops.selective_scan import chunked
-from dualscan.ops.ssd.blocks import without_autocast
 
 # The tensors with gradients, in the order of the arguments; cu_seqlens and dt_softplus follow.
 DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
@@ -103,41 +103,6 @@ def _fake_step(state: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), after
 
 
-def _differentiable(forward: Any, backward: Any) -> Any:
-    """The autograd function of a pair of operators: the inputs are saved, the backward computes the states again."""
-
-    class SelectiveScan(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs[:-1])
-            ctx.dt_softplus = inputs[-1]
-            with torch._C._AutoDispatchBelowAutograd():
-                return forward(*inputs)
-
-        @staticmethod
-        def backward(ctx: Any, *grads_out: Any) -> tuple[Tensor | None, ...]:
-            inputs = ctx.saved_tensors
-            if all(g is None for g in grads_out):
-                return (None,) * (len(inputs) + 1)
-            if torch.is_grad_enabled():
-                raise RuntimeError(
-                    "selective_scan: create_graph=True asks for a second derivative, which the chunked form and the "
-                    "kernels do not have; use impl='recurrent'."
-                )
-            with without_autocast(inputs[0].device):
-                grads = backward(*grads_out, *inputs, ctx.dt_softplus)
-            return *(None if t is None else g for t, g in zip(inputs, grads, strict=False)), None, None
-
-    def autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
-            return SelectiveScan.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return forward(*inputs)
-
-    return autograd
-
-
 def forward_flops(batch: int, seqlen: int, channels: int, d_state: int) -> int:
     """A multiply-add to update every element of a state, and one to read it: 4 FLOPs a token."""
     return 4 * batch * seqlen * channels * d_state
@@ -165,7 +130,9 @@ for _form, _name in _NAMES.items():
     _forward, _backward = (getattr(torch.ops.dualscan, f"{_name}_{_pass}") for _pass in ("fwd", "bwd"))
     torch.library.register_fake(f"dualscan::{_name}_fwd", _fake_forward, lib=_LIB)
     torch.library.register_fake(f"dualscan::{_name}_bwd", _fake_backward, lib=_LIB)
-    _LIB.impl(f"{_name}_fwd", _differentiable(_forward.default, _backward.default), "Autograd")
+    _pair = _forward.default, _backward.default
+    _function = differentiable("selective_scan", *_pair, len(DIFFERENTIABLE), "impl='recurrent'")
+    _LIB.impl(f"{_name}_fwd", _function, "Autograd")
     register_flop_formula(_forward)(_forward_formula)
     register_flop_formula(_backward)(_backward_formula)
     forms[_form] = _forward.default

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from dualscan.ops._autograd import without_autocast
 from dualscan.ops._pointwise import accumulation_dtype
 from dualscan.ops.sma import masks
 from dualscan.ops.sma.heads import HeadCounts, expand_heads, head_counts, pattern_name
 from dualscan.ops.ssd import linear_attention
-from dualscan.ops.ssd.blocks import without_autocast
 from dualscan.ops.ssd.validate import FLOATING, dimensions, same_kind
 from dualscan.semiseparable import Dense, OneSemiseparable, StructuredMatrix
 

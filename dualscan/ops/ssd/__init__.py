@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualscan.ops import _dispatch, _numba, _triton
+from dualscan.ops._autograd import without_autocast
 from dualscan.ops._pointwise import accumulation_dtype, softplus
 from dualscan.ops.ssd import blocks, configs, library, reference, validate
 
@@ -182,7 +183,7 @@ def ssd_step(
         return SSDOutput(*library.step_kernel(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high))
     dtype = accumulation_dtype(x.dtype)
     scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)
-    with blocks.without_autocast(x.device):
+    with without_autocast(x.device):
         y, next_state = reference.step(state.to(dtype), x, scale, (scale * A).to(dtype), B, C, D)
     return SSDOutput(_gate(y, z), next_state)
 
@@ -313,7 +314,7 @@ def _core(
     chunk_size: int | None,
     form: str,
 ) -> tuple[Tensor, Tensor]:
-    with blocks.without_autocast(x.device):
+    with without_autocast(x.device):
         if form in library.core:
             chunk_size = chunk_size or blocks.DEFAULT_CHUNK_SIZE
             return library.core[form](x, scale, log_decay, B, C, D, initial_states, cu_seqlens, chunk_size)

@@ -5,7 +5,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +21,6 @@ LOWEST_LOG_DECAY = -1000.0
 SMALLEST_EXPONENT = {torch.float32: -69.0, torch.float64: -665.0}
 # Elements of x in a chunk of rows that are computed together: the working set stays in the second-level cache.
 CHUNK_ELEMENTS = 2**17
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Products of decays and states stay in the compute dtype inside a region of `torch.autocast`, forward and back."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dualscan.ops._autograd import differentiable
 from dualscan.ops._pointwise import accumulation_dtype
 from dualscan.ops.ssd import blocks, chunked
 
@@ -148,49 +149,11 @@ def _fake_step(state: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(state)
 
 
-def _differentiable(forward: Any, backward: Any, differentiable: int) -> Any:
-    """The autograd function of a pair of operators: the inputs are saved, the backward operator recomputes the rest.
-
-    The first `differentiable` arguments have gradients; the tensors after them, and the plain values, have none.
-    """
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*(t for t in args if t is None or isinstance(t, Tensor)))
-            ctx.values = [t for t in args if t is not None and not isinstance(t, Tensor)]
-            with torch._C._AutoDispatchBelowAutograd():
-                return forward(*args)
-
-        @staticmethod
-        def backward(ctx: Any, *grads_out: Any) -> tuple[Tensor | None, ...]:
-            inputs = ctx.saved_tensors
-            nothing = [None] * (len(inputs) - differentiable + len(ctx.values))
-            if all(g is None for g in grads_out):
-                return *([None] * differentiable), *nothing
-            if torch.is_grad_enabled():
-                raise RuntimeError(
-                    "ssd: create_graph=True asks for a second derivative, which the chunked form and the kernels do "
-                    "not have; use impl='quadratic' or impl='recurrent'."
-                )
-            with blocks.without_autocast(inputs[0].device):
-                grads = backward(*grads_out, *inputs, *ctx.values)
-            return *(None if t is None else g for t, g in zip(inputs, grads, strict=False)), *nothing
-
-    def autograd(*args: Any) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-            return Function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return forward(*args)
-
-    return autograd
-
-
 _OPS = torch.ops.dualscan
-_LIB.impl("ssd_fwd", _differentiable(_OPS.ssd_fwd.default, _OPS.ssd_bwd.default, 7), "Autograd")
-_LIB.impl("ssd_numba_fwd", _differentiable(_OPS.ssd_numba_fwd.default, _OPS.ssd_numba_bwd.default, 7), "Autograd")
-_LIB.impl("ssd_kernel_fwd", _differentiable(_OPS.ssd_kernel_fwd.default, _OPS.ssd_kernel_bwd.default, 8), "Autograd")
+for _name, _count in (("ssd", 7), ("ssd_numba", 7), ("ssd_kernel", 8)):
+    _forward, _backward = (getattr(_OPS, f"{_name}_{_pass}").default for _pass in ("fwd", "bwd"))
+    _second = "impl='quadratic' or impl='recurrent'"
+    _LIB.impl(f"{_name}_fwd", differentiable("ssd", _forward, _backward, _count, _second), "Autograd")
 
 
 def forward_flops(
