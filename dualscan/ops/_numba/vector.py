@@ -223,3 +223,12 @@ def sigmoid(x):
 @device_function
 def silu(x):
     return x / (ONE + exp(-x))
+
+
+@device_function
+def inverse_rms(u, size, eps):
+    """1 / sqrt(mean(u^2) + eps) of `size` values."""
+    total = ZERO
+    for c in range(size):
+        total += u[c] * u[c]
+    return ONE / np.sqrt(total / np.float32(size) + eps)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dualscan.ops._numba import vector
 from dualscan.ops._numba.launch import workers_for
 from dualscan.ops._numba.product import DOT_ROWS, multiply_vectors
-from dualscan.ops._numba.vector import ONE, ZERO, Kernel, at, barrier, device_function, like, load, share
+from dualscan.ops._numba.vector import ZERO, Kernel, at, barrier, device_function, like, load, share
 from dualscan.ops.decode import MOST_ROWS, Parameters, Sizes, State
 
 # What the kernel finds of a layer in the table of its plan: the addresses of `Parameters`, then those of the states,
@@ -127,10 +127,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None,
 @device_function
 def _normalise(value, size, weight, eps, out):
     """`out` = RMSNorm of `size` values under `weight`."""
-    total = ZERO
-    for i in range(size):
-        total += value[i] * value[i]
-    inverse = ONE / np.sqrt(total / np.float32(size) + eps)
+    inverse = vector.inverse_rms(value, size, eps)
     for i in range(size):
         out[i] = value[i] * inverse * weight[i]
 

@@ -62,14 +62,6 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @device_function
-def _inverse_rms(u, size, eps):
-    total = ZERO
-    for c in range(size):
-        total += u[c] * u[c]
-    return ONE / np.sqrt(total / np.float32(size) + eps)
-
-
-@device_function
 def _forward(p, x, z, y):
     x_row, z_row, weight, rows, groups, size = p[3], p[5], vector.float32(p[7]), p[9], p[10], p[11]
     gated, norm_first, eps = p[4] != 0, p[12], vector.float32(p[13])[0]
@@ -90,7 +82,7 @@ def _forward(p, x, z, y):
             else:
                 for c in range(size):
                     u[c] = load(own, c)
-            inverse = _inverse_rms(u, size, eps)
+            inverse = vector.inverse_rms(u, size, eps)
             if gated and norm_first:
                 for c in range(size):
                     store(out, c, u[c] * inverse * w[c] * gate[c])
@@ -127,7 +119,7 @@ def _backward(p, x, z, dy, dx, dz):
             else:
                 for c in range(size):
                     n[c] = load(own, c)
-            inverse = _inverse_rms(n, size, eps)
+            inverse = vector.inverse_rms(n, size, eps)
             if gated and norm_first:
                 for c in range(size):
                     n[c] *= inverse
