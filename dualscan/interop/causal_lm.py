@@ -17,7 +17,7 @@ from dualscan.interop.cache import read_state, write_state
 from dualscan.models.config import ModelConfig
 from dualscan.models.lm import MambaLM
 from dualscan.models.presets import preset
-from dualscan.nn.precision import Float32Parameters, apply_linear, project
+from dualscan.nn.precision import Float32Parameters
 
 MODEL_TYPE = "dualscan"
 # What peft adapts where nothing is asked for: the two matrices that every Mamba-2 layer has.
@@ -199,8 +199,7 @@ class DualscanForCausalLM(PreTrainedModel, GenerationMixin):
         return hidden, state
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        head = self.model.lm_head
-        logits = project(hidden, self.model.output_weight) if head is None else apply_linear(head, hidden)
+        logits = self.model.project_out(hidden)
         return logits[..., : self.config.vocab_size]  # the rest belongs to padding rows of the embedding
 
     @property

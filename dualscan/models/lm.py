@@ -110,7 +110,7 @@ class MambaLM(nn.Module):
         logits = None
         if self.config.logits_scale == 1.0 and self._head_is_plain:
             logits = project_normed(h, self.norm_f, self.output_weight)
-        return LMOutput(self._logits(self._finish(h)) if logits is None else logits, state)
+        return LMOutput(self.project_out(self._finish(h)) if logits is None else logits, state)
 
     def hidden_states(
         self,
@@ -158,7 +158,8 @@ class MambaLM(nn.Module):
             h = h * self.config.logits_scale
         return h.to(self.output_weight.dtype)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def project_out(self, hidden: Tensor) -> Tensor:
+        """Logits `(..., padded_vocab_size)` of what `hidden_states` returns."""
         return project(hidden, self.output_weight) if self.lm_head is None else apply_linear(self.lm_head, hidden)
 
     @property
@@ -202,7 +203,7 @@ class MambaLM(nn.Module):
             if torch.is_autocast_enabled(hidden.device.type):
                 hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
             return linear_cross_entropy(hidden, self.output_weight, targets, ignore_index=ignore_index)
-        logits = self._logits(hidden)
+        logits = self.project_out(hidden)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index)
 
     def generate(self, tokens: Tensor, **options: Any) -> "GenerateOutput":
