@@ -33,8 +33,9 @@ class ConvertArguments:
     Attributes:
         model: a folder (a run's, or one that transformers or mamba_ssm reads), or a repository of the hub.
         out: the folder to write; it holds no checkpoint yet.
-        to: "dualscan", "source" (what a model of ours was converted from), or a family such as mamba2 or mamba_ssm;
-            without it, what is foreign becomes ours and what is ours becomes what it was.
+        to: "dualscan", "source" (what a model of ours was converted from), a family such as mamba2 or mamba_ssm, or
+            dualscan_hf, which `DualscanForCausalLM` reads; without it, what is foreign becomes ours and what is ours
+            becomes what it was.
         dtype: casts the matrices; without it they stay as they are.
         norm_groups: of a mamba2 checkpoint, groups of channels that the gated norm treats separately: 1 computes what
             transformers 4 did.

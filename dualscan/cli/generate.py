@@ -12,9 +12,11 @@ from tyro.conf import Positional
 
 from dualscan.cli._support.arguments import parse
 from dualscan.cli._support.checkpoints import find, tokenizer_of
+from dualscan.data.tokenizer import Tokenizer
 from dualscan.generate.sampling import Sampling
 from dualscan.generate.text import stream_text
-from dualscan.models.weights import is_ours, load
+from dualscan.models.lm import MambaLM
+from dualscan.models.weights import load
 from dualscan.train.runtime import pick_device
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -83,8 +85,7 @@ def main(argv: Sequence[str]) -> int:
         sampling=sampling,
         stop=arguments.stop,
         seed=arguments.seed,
-        # Another program's tokenizer says what its models' texts begin with.
-        opening=None if is_ours(folder) else tokenizer.opening(),
+        opening=_opening(model, tokenizer),
     )
     started = time.perf_counter()
     written = show(arguments.prompt, pieces)
@@ -92,6 +93,15 @@ def main(argv: Sequence[str]) -> int:
         seconds = time.perf_counter() - started
         print(f"[{written} characters, {written / seconds:.0f} a second, from {folder}]", file=sys.stderr)
     return 0
+
+
+def _opening(model: MambaLM, tokenizer: Tokenizer) -> list[int] | None:
+    """What texts begin with: another program's tokenizer says it for that program's models; None is our own way."""
+    if model.source is None:
+        return None
+    opening = tokenizer.opening()
+    # What transformers stores for this package may have been trained by either.
+    return None if model.source.family == "dualscan_hf" and not opening else opening
 
 
 def show(prompt: str, pieces: Iterable[str]) -> int:

@@ -1,7 +1,6 @@
 """`MambaLM` as a model of transformers: configuration, `generate`, `save_pretrained`, the Trainer, adapters."""
 
 import contextlib
-import dataclasses
 import importlib
 from functools import cache
 from typing import Any
@@ -15,11 +14,10 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 
 from dualscan.interop.cache import read_state, write_state
 from dualscan.models.config import ModelConfig
+from dualscan.models.families.hf.dualscan import ALIASES, MODEL_TYPE, model_config
 from dualscan.models.lm import MambaLM
-from dualscan.models.presets import preset
 from dualscan.nn.precision import Float32Parameters
 
-MODEL_TYPE = "dualscan"
 # What peft adapts where nothing is asked for: the two matrices that every Mamba-2 layer has.
 LORA_TARGETS = ("in_proj", "out_proj")
 
@@ -38,21 +36,18 @@ class DualscanConfig(PreTrainedConfig):
 
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference = ("past_key_values",)
-    attribute_map = {"hidden_size": "d_model", "tie_word_embeddings": "tie_embeddings"}  # noqa: RUF012 (theirs is so)
+    attribute_map = ALIASES
 
     def __init__(self, **values: Any):
-        defaults = preset("mamba2_130m").to_dict()
-        given = {name: values.pop(name) for name in defaults if name in values}
-        for name, value in ModelConfig.from_dict({**defaults, **given}).to_dict().items():
+        for name, value in model_config(values).to_dict().items():
             setattr(self, name, value)
+            values.pop(name, None)
         super().__init__(**values)
 
     @property
     def model_config(self) -> ModelConfig:
         """The same as a `ModelConfig`, validated."""
-        return ModelConfig.from_dict(
-            {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelConfig)}
-        )
+        return model_config(vars(self))
 
     @property
     def num_hidden_layers(self) -> int:

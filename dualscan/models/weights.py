@@ -117,6 +117,8 @@ def _foreign(model: MambaLM, format: str) -> tuple[dict[str, Tensor], dict[str, 
     for name in ("dtype", "torch_dtype"):
         if values.get(name) not in (None, dtype):
             values[name] = dtype
+    if "model_type" in values and not known:
+        values["dtype"] = dtype
     return tensors, values, family.weights
 
 

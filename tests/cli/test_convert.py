@@ -46,6 +46,27 @@ def test_generate_from_a_folder_of_transformers(command: Command, theirs: Path, 
     assert out == "AB" + tokenizer.decode(made.tokens[0, : made.lengths[0]].tolist()) + "\n"
 
 
+def test_a_converted_model_writes_as_before(command: Command, theirs: Path, tmp_path: Path) -> None:
+    """Its texts begin as its own program's do."""
+    options = ("--prompt", "AB", "--max-tokens", 7, "--temperature", 0)
+    assert command("convert", theirs, tmp_path / "ours")[0] == 0
+    assert command("generate", tmp_path / "ours", *options)[1] == command("generate", theirs, *options)[1]
+
+
+def test_folders_of_our_models_in_transformers(command: Command, run: Path, tmp_path: Path) -> None:
+    """A model trained here, stored by transformers, writes what it wrote, and comes back the same."""
+    options = ("--prompt", "1 and", "--max-tokens", 9, "--temperature", 0)
+    written = command("generate", run, *options)[1]
+    code, _, err = command("convert", run, tmp_path / "theirs", "--to", "dualscan_hf")
+    assert code == 0
+    assert "dualscan to dualscan_hf" in err
+    assert command("generate", tmp_path / "theirs", *options)[1] == written
+    code, _, err = command("convert", tmp_path / "theirs", tmp_path / "ours")
+    assert code == 0
+    assert "dualscan_hf to dualscan" in err
+    assert command("generate", tmp_path / "ours", *options)[1] == written
+
+
 def test_generate_wants_one_model(command: Command, theirs: Path) -> None:
     for arguments in ((), (theirs, "--model", theirs)):
         code, _, err = command("generate", *arguments)

@@ -22,6 +22,7 @@ _MODULES = {
     "falcon_h1": ("hf.falcon_h1", "FALCON_H1"),
     "zamba2": ("hf.zamba2", "ZAMBA2"),
     "jamba": ("hf.jamba", "JAMBA"),
+    "dualscan_hf": ("hf.dualscan", "DUALSCAN_HF"),
 }
 NAMES = tuple(_MODULES)
 
@@ -65,6 +66,8 @@ def find(values: Mapping[str, Any], where: str) -> Family:
     kind = values.get("model_type")
     if kind is None and {"d_model", "n_layer"} <= values.keys():
         return family("mamba_ssm")
+    if kind == "dualscan":
+        return family("dualscan_hf")
     if kind in _MODULES:
         return family(kind)
     known = f"the families are {', '.join(NAMES)}, and what model.save() or training wrote"

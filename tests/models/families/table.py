@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dualscan.models import families
 from tests.house.tree import ROOT
-from tests.models.families import cases, test_mamba_ssm
+from tests.models.families import cases, test_dualscan_hf, test_mamba_ssm
 from tests.models.families.test_against_transformers import GRADIENTS, LOGITS
 
 PAGE = ROOT / "docs" / "families.md"
@@ -17,7 +17,8 @@ BEGIN, END = "<!-- table: families -->", "<!-- end table -->"
 
 def tested() -> Counter[str]:
     """Configurations of each family that the tests compare with another implementation."""
-    return Counter(case.family for case in cases.CASES) + Counter({"mamba_ssm": len(test_mamba_ssm.CASES)})
+    others = {"mamba_ssm": len(test_mamba_ssm.CASES), "dualscan_hf": len(test_dualscan_hf.CASES)}
+    return Counter(case.family for case in cases.CASES) + Counter(others)
 
 
 def table() -> str:
@@ -37,7 +38,7 @@ def table() -> str:
         "Each configuration is a random model, not published weights, compared in float32 with transformers' own or,",
         f"for mamba_ssm, with its definitions written out: logits of one pass, pieces and steps within {LOGITS:g},",
         f"gradients of every tensor within {GRADIENTS:g} (relative root mean square), greedy batches of different",
-        "lengths equal, files equal bit for bit.",
+        "lengths equal, files equal bit for bit. `dualscan_hf` is the same model, stored by another program.",
         "",
         "Where the model here computes something else than the family's own code, or where that is easily overlooked:",
         "",
