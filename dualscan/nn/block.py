@@ -7,10 +7,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dualscan.nn.mamba2 import Mamba2, Mamba2State, needs_operators
 from dualscan.nn.norm import RMSNorm
-from dualscan.nn.step import Watch, make_plan
+from dualscan.nn.step import Watch, describe, make_plan
+from dualscan.ops import _triton
+from dualscan.ops._launch import DTYPES
+from dualscan.ops._recompute import Recompute, check_recompute, recomputed
 
 if TYPE_CHECKING:
     from dualscan.ops.decode.numba_step import Plan, Table
@@ -32,16 +36,56 @@ class Block(nn.Module):
         super().__init__()
         self.norm = RMSNorm(d_model, eps=norm_eps)
         self.mixer = mixer
+        self.recompute: Recompute = "none"  # set by `set_recompute`
 
     def forward(self, h: Tensor, state: Any = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
         """Adds the mixer's output to `(batch, seqlen, d_model)` and passes its state on."""
-        y, state = self.mixer(self.norm(h).to(self.compute_dtype), state, cu_seqlens)
+        y, state = self.branch(h, state, cu_seqlens)
         return h + y, state
+
+    def branch(self, h: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        """mixer(RMSNorm(h)), of which the graph keeps as much as `recompute` says."""
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return checkpoint(self._branch, h, state, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
+        return self._branch(h, state, cu_seqlens)
+
+    def _branch(self, h: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        if self.recompute != "activations" or torch.compiler.is_compiling():
+            return self.mixer(self.norm(h).to(self.compute_dtype), state, cu_seqlens)
+        # In the dtype of the matrix product, so that the product keeps this tensor and not a cast of it.
+        autocast = torch.is_autocast_enabled(h.device.type)
+        dtype = torch.get_autocast_dtype(h.device.type) if autocast else self.compute_dtype
+
+        def normed() -> Tensor:
+            return self.norm(h).to(dtype)
+
+        u = normed()
+        with recomputed(u, normed):
+            return self.mixer(u, state, cu_seqlens)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the mixer's matrices; the residual stream itself stays in float32."""
         return self.mixer.get_parameter("out_proj.weight").dtype
+
+
+def set_recompute(model: nn.Module, recompute: Recompute) -> None:
+    """Sets what the backward of every block computes again instead of keeping it; see `Mamba2` for the values.
+
+    Args:
+        model: any module with `Block`s in it.
+        recompute: "none", "activations" or "block"; of mixers other than Mamba-2, "activations" only drops the
+            input, which is normalised again.
+
+    Raises:
+        ValueError: another value.
+    """
+    recompute = check_recompute(recompute)
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = recompute
+        elif isinstance(module, Mamba2):
+            module.recompute = "none" if recompute == "block" else recompute
 
 
 class StepStates(tuple[Any, ...]):
@@ -71,6 +115,8 @@ def step_blocks(
     Returns:
         The residual stream after the last block, and the next states.
     """
+    if reuse_state and h.is_cuda and _runs_on_gpu(blocks, h):
+        return _step_on_gpu(blocks, h, states)
     if h.device.type != "cpu" or h.dtype != torch.float32 or needs_operators(h) or torch.compiler.is_compiling():
         return _step_run(blocks, None, h, states)
     runs = _runs(blocks)
@@ -96,6 +142,37 @@ def _step_in_place(
     after = StepStates(Mamba2State(*state) for state in stepped[1])
     after.plan, after.table = plan, plan.prepare(after, reuse_state=True)[0]
     return stepped[0].unsqueeze(1), after
+
+
+def _runs_on_gpu(blocks: nn.ModuleList, h: Tensor) -> bool:
+    return (
+        _triton.obstacle(h.device) is None
+        and h.dtype == torch.float32
+        and not needs_operators(h)
+        and not torch.compiler.is_compiling()
+        and any(map(_may_merge, blocks))
+    )
+
+
+def _step_on_gpu(blocks: Iterable[Any], h: Tensor, states: Sequence[Any]) -> tuple[Tensor, tuple[Any, ...]]:
+    """A step that changes the states of Mamba-2 blocks where they are; a block's output waits for the next norm."""
+    from dualscan.ops.decode import triton_step
+
+    stream, waiting, after = h[:, 0].clone(), None, []
+    for block, state in zip(blocks, states, strict=True):
+        if _may_merge(block) and block.mixer.in_proj.weight.dtype in DTYPES:
+            layer, sizes = describe(block.mixer, block.norm)
+            dtype = layer.in_weight.dtype
+            conv, ssm = state.conv.to(dtype).transpose(1, 2).contiguous().transpose(1, 2), state.ssm.contiguous()
+            u = triton_step.add_norm(stream, waiting, block.norm.weight, sizes.before_eps, dtype)
+            waiting = triton_step.mix(u, layer, sizes, conv, ssm)
+            after.append(Mamba2State(conv, ssm))
+        else:
+            stream = stream if waiting is None else stream + waiting
+            (h, state), waiting = block(stream.unsqueeze(1), state), None
+            stream = h[:, 0]
+            after.append(state)
+    return (stream if waiting is None else stream + waiting).unsqueeze(1), tuple(after)
 
 
 def _step_run(

@@ -1,17 +1,21 @@
 """The Mamba-2 block (section 7 of arXiv 2405.21060): parallel projections, short convolution, SSD, gated norm."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dualscan.nn import init
 from dualscan.nn.features import FeatureMap
 from dualscan.nn.precision import Float32Parameters, apply_linear, is_plain_linear
 from dualscan.nn.step import mamba2_step
+from dualscan.ops._recompute import check_recompute, recomputed
 from dualscan.ops.conv1d import causal_conv1d
 from dualscan.ops.conv1d.validate import MAX_WIDTH
 from dualscan.ops.norm import gated_rms_norm
@@ -76,9 +80,12 @@ class Mamba2(Float32Parameters):
         conv_bias: bias on the convolution.
         projection_scales: factors of what in_proj gives for z, x, B, C and dt; None has none.
         impl: implementation of SSD over sequences, as in `ssd`; an attribute that may be changed later.
+        recompute: what the backward computes again instead of keeping it: "none" nothing, "activations" the outputs of
+            convolution and norm, "block" all but the layer's input. An attribute that may be changed later; for what it
+            costs see `dualscan.models.accounting.training_memory`.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that do not divide, or an unknown `recompute`.
 
     Example:
         >>> layer = Mamba2(64, d_state=16, headdim=32)
@@ -113,6 +120,7 @@ class Mamba2(Float32Parameters):
         conv_bias: bool = True,
         projection_scales: Sequence[float] | None = None,
         impl: str = "auto",
+        recompute: str = "none",
     ):
         super().__init__()
         check_sizes(
@@ -131,6 +139,7 @@ class Mamba2(Float32Parameters):
         self.d_model, self.d_inner, self.d_state, self.headdim = d_model, d_inner, d_state, headdim
         self.nheads, self.d_conv = d_inner // headdim, d_conv
         self.dt_limit, self.chunk_size, self.impl = dt_limit, chunk_size, impl
+        self.recompute = check_recompute(recompute)
         self.heads = head_counts(head_pattern, self.nheads, ngroups)
         self.ngroups = max(self.heads.q, self.heads.k)
         self.feature_map = None if feature_map == "silu" else FeatureMap(feature_map, d_state)
@@ -175,11 +184,18 @@ class Mamba2(Float32Parameters):
             _check_batch(u, state)
             y, *after = mamba2_step(self, u, *state)
             return y, Mamba2State(*after)
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return checkpoint(self._sequence, u, state, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
+        return self._sequence(u, state, cu_seqlens)
+
+    def _sequence(self, u: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Mamba2State]:
+        """The layer through the operators, which keep less for the backward where the layer is asked to."""
         zxbcdt = apply_linear(self.in_proj, u)
         if self.projection_scales is not None:
             zxbcdt = zxbcdt * self._scales(zxbcdt)
         z, xBC, dt = zxbcdt.split([self.d_inner, self.conv1d.in_channels, self.nheads], dim=-1)
-        xBC, conv_state = causal_conv1d(
+        convolve = partial(
+            causal_conv1d,
             xBC,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
@@ -187,10 +203,22 @@ class Mamba2(Float32Parameters):
             initial_states=None if state is None else state.conv.to(xBC.dtype),
             cu_seqlens=cu_seqlens,
         )
-        y, ssm_state = self._mix(xBC, dt, None if state is None else state.ssm, cu_seqlens)
-        y = y * F.silu(z) if self.norm is None else self.norm(y, z)
-        y = apply_linear(self.out_proj, y)
+        convolved, conv_state = convolve()
+        with self._kept(convolved, lambda: convolve().y):
+            y, ssm_state = self._mix(convolved, dt, None if state is None else state.ssm, cu_seqlens)
+        gate = partial(self._gate, y, z)
+        gated = gate()
+        with self._kept(gated, gate):
+            y = apply_linear(self.out_proj, gated)
         return y, Mamba2State(conv_state, ssm_state)
+
+    def _kept(self, value: Tensor, again: Callable[[], Tensor]) -> AbstractContextManager[None]:
+        """Inside, `value` is kept for the backward, or how to compute it again."""
+        recompute = self.recompute == "activations" and not torch.compiler.is_compiling()
+        return recomputed(value, again) if recompute else nullcontext()
+
+    def _gate(self, y: Tensor, z: Tensor) -> Tensor:
+        return y * F.silu(z) if self.norm is None else self.norm(y, z)
 
     @property
     def steps_directly(self) -> bool:

@@ -23,5 +23,5 @@ class ScaledBlock(Block):
 
     def forward(self, h: Tensor, state: Any = None, cu_seqlens: Tensor | None = None, **_: Any) -> tuple[Tensor, Any]:
         """Adds the scaled output of the mixer to `(batch, seqlen, d_model)` and passes its state on."""
-        y, state = self.mixer(self.norm(h).to(self.compute_dtype), state, cu_seqlens)
+        y, state = self.branch(h, state, cu_seqlens)
         return h + self.scale * y, state

@@ -112,5 +112,5 @@ class SharedBlock(Block):
             raise ValueError("SharedBlock: the embedding is missing; pass the residual stream before the first block.")
         own, attended = (None, None) if state is None else state
         y, attended = self._shared[0](h, embedding, attended, cu_seqlens, self.attention_adapters, self.mlp_adapter)
-        y, own = self.mixer(self.norm(h + apply_linear(self.linear, y)).to(self.compute_dtype), own, cu_seqlens)
+        y, own = self.branch(h + apply_linear(self.linear, y), own, cu_seqlens)
         return h + y, (own, attended)
