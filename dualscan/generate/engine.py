@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from dualscan.generate.graph import Stepper
 from dualscan.generate.sampling import Sampling, distribution, draw
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def stream(
     vocab_size = model.config.vocab_size  # the logits beyond belong to padding rows of the embedding
     logits, state = prefill(model, prompts)
     logits = logits[:, :vocab_size]
+    step = Stepper(model, state, max_tokens - 1)
+    del state  # the stepper's alone: it is changed in place
     generator = None if seed is None else Generator(device=logits.device).manual_seed(seed)
     seen = _seen(_rows(prompts), logits) if sampling.repetition_penalty != 1.0 else None
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=logits.device)
@@ -127,8 +130,7 @@ def stream(
             return
         if seen is not None:
             seen = seen.scatter(1, tokens[:, None], True)
-        logits, state = model(tokens[:, None], state=state, reuse_state=True)
-        logits = logits[:, -1, :vocab_size]
+        logits = step(tokens)[:, :vocab_size]
 
 
 def _seen(rows: list[Tensor], logits: Tensor) -> Tensor:

@@ -99,23 +99,23 @@ def make_plan(layers: "Sequence[tuple[Mamba2, RMSNorm | None]]") -> "Plan | None
 
     With a norm a layer is `h + mixer(norm(h))`, without one it is the mixer alone.
     """
-    parameters, sizes = [], []
-    for mixer, before in layers:
-        in_proj, conv1d, norm, out_proj = mixer.in_proj, mixer.conv1d, mixer.norm, mixer.out_proj
-        assert norm is not None
-        parameters.append(
-            decode.Parameters(
-                *(in_proj.weight, in_proj.bias, conv1d.weight, conv1d.bias),
-                *(mixer.A_log, mixer.dt_bias, mixer.D, norm.weight, out_proj.weight, out_proj.bias),
-                None if before is None else before.weight,
-            )
-        )
-        norm_groups = mixer.d_inner // (norm.group_size or mixer.d_inner)
-        before_eps = 0.0 if before is None else before.eps
-        sizes.append(
-            decode.Sizes(mixer.ngroups, norm_groups, norm.norm_before_gate, norm.eps, mixer.dt_limit, before_eps)
-        )
+    parameters, sizes = zip(*(describe(mixer, before) for mixer, before in layers), strict=True)
     return decode.plan(parameters, sizes[0]) if sizes.count(sizes[0]) == len(sizes) else None
+
+
+def describe(mixer: "Mamba2", before: "RMSNorm | None") -> tuple[decode.Parameters, decode.Sizes]:
+    """What the kernels take of a mixer that steps directly, and of the norm before it."""
+    in_proj, conv1d, norm, out_proj = mixer.in_proj, mixer.conv1d, mixer.norm, mixer.out_proj
+    assert norm is not None
+    parameters = decode.Parameters(
+        *(in_proj.weight, in_proj.bias, conv1d.weight, conv1d.bias),
+        *(mixer.A_log, mixer.dt_bias, mixer.D, norm.weight, out_proj.weight, out_proj.bias),
+        None if before is None else before.weight,
+    )
+    norm_groups = mixer.d_inner // (norm.group_size or mixer.d_inner)
+    before_eps = 0.0 if before is None else before.eps
+    sizes = decode.Sizes(mixer.ngroups, norm_groups, norm.norm_before_gate, norm.eps, mixer.dt_limit, before_eps)
+    return parameters, sizes
 
 
 def _portable_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +136,7 @@ def _portable_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tup
     if mixer.dt_limit != (0.0, float("inf")):
         step = step.clamp(*mixer.dt_limit)
     decay = (step * mixer.A_log.exp()).neg_().exp_()
-    ssm = ssm * decay[:, :, None, None]
+    ssm = (ssm * decay[:, :, None, None]).contiguous()
     rows = ssm.view(groups, -1, mixer.d_state)
     scaled = (x * step.unsqueeze(-1)).view(groups, -1, 1)
     rows.baddbmm_(scaled, B.reshape(groups, 1, mixer.d_state))

@@ -338,7 +338,7 @@ def step_kernel(
     channels: tl.int32,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
-    """One token a sequence. Grid `blocks of channels x batch`, in this order."""
+    """One token a sequence. Grid `blocks of channels x batch`, in this order. `final` may be `initial`."""
     HALO: tl.constexpr = WIDTH - 1
     blocks = tl.cdiv(channels, BLOCK)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
@@ -392,6 +392,22 @@ def forward(
                 (width, *cut.constants, *present, cu_seqlens is not None), cut.warps,
             )  # fmt: skip
     return y, final.transpose(1, 2)
+
+
+def step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
+    """SiLU of the convolution of one token x `(batch, channels)`; the state takes it in, in place.
+
+    `state` is (batch, channels, width - 1), time-major in memory.
+    """
+    (batch, channels), width = x.shape, weight.shape[1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with _triton.on_device(x):
+        _step(
+            (batch * -(-channels // STEP_BLOCK), 1, 1), (x, weight, _dense(bias), state, y, state),
+            (*x.stride(), *weight.stride(), *state.stride(), channels),
+            (width, STEP_BLOCK, True, bias is not None, True), 4,
+        )  # fmt: skip
+    return y
 
 
 def backward(

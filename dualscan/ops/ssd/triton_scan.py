@@ -495,9 +495,11 @@ def step_kernel(
     state, x, dt, A, B, C, D, z, bias, y, following, low, high, x_b, x_h, dt_b, dt_h, B_b, B_g, C_b, C_g, z_b, z_h,
     D_h, D_p, nheads, heads_per_group, headdim, d_state,
     P: tl.constexpr, N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
+    SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOGARITHM: tl.constexpr,
 ):  # fmt: skip
-    """One token: P rows of one head's state (headdim, d_state). Grid `(nheads * cdiv(headdim, P), batch)`."""
+    """One token: P rows of one head's state (headdim, d_state). Grid `(nheads * cdiv(headdim, P), batch)`.
+
+    With LOGARITHM, `A` holds the logarithm of -A. `following` may be `state`."""
     blocks = tl.cdiv(headdim, P)
     h, batch = tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64)
     group = h // heads_per_group
@@ -509,7 +511,10 @@ def step_kernel(
     if HAS_BIAS:
         shift = tl.load(bias + h).to(tl.float32)
     scale, _ = step_size(tl.load(dt + batch * dt_b + h * dt_h).to(tl.float32), shift, low, high, SOFTPLUS, CLAMP)
-    decay = tl.exp2(tl.maximum(scale * tl.load(A + h).to(tl.float32), LOWEST) * LOG2E)
+    rate = tl.load(A + h).to(tl.float32)
+    if LOGARITHM:
+        rate = -tl.exp(rate)
+    decay = tl.exp2(tl.maximum(scale * rate, LOWEST) * LOG2E)
     value = tl.load(x + batch * x_b + h * x_h + p, mask=p < headdim, other=0.0).to(tl.float32)
     key = tl.load(B + batch * B_b + group * B_g + n, mask=n < d_state, other=0.0).to(tl.float32)
     query = tl.load(C + batch * C_b + group * C_g + n, mask=n < d_state, other=0.0).to(tl.float32)
@@ -527,12 +532,16 @@ def step_kernel(
 def step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float,
+    *, in_place: bool = False, logarithm: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One token of the recurrence: `y` (b, h, p) in x's dtype and the next state in the state's dtype."""
+    """One token of the recurrence: `y` (b, h, p) in x's dtype and the next state in the state's dtype.
+
+    With `in_place` the next state takes the place of `state`, which is contiguous; with `logarithm` A is that of -A.
+    """
     batch, nheads, headdim = x.shape
     d_state = B.shape[2]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    following = torch.empty(state.shape, dtype=state.dtype, device=x.device)
+    following = state if in_place else torch.empty(state.shape, dtype=state.dtype, device=x.device)
     if state.numel() == 0:
         return y, following
     x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B, C))
@@ -540,7 +549,7 @@ def step(
     skip = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
     rows, limit = min(configs.power_of_two(headdim), STEP_ROWS), (dt_min, dt_max)
     tensors = (state.contiguous(), x, dt, A, B, C, D, z, dt_bias)
-    key = (x.device, dt_softplus, limit, *map(_triton.kind, tensors))
+    key = (x.device, dt_softplus, limit, logarithm, *map(_triton.kind, tensors))
     launcher = _STEPS.get(key)
     if launcher is None:
         if len(_STEPS) >= MOST_FAMILIES:
@@ -552,7 +561,8 @@ def step(
             (*tensors, y, following, *limit, *x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2],
              *((0, 0) if z is None else z.stride()[:2]), *skip, nheads, nheads // B.shape[1], headdim, d_state),
             P=rows, N=configs.power_of_two(d_state), HAS_D=D is not None, HAS_Z=z is not None,
-            HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus, CLAMP=limit != (0.0, math.inf), num_warps=4,
+            HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus, CLAMP=limit != (0.0, math.inf), LOGARITHM=logarithm,
+            num_warps=4,
         )  # fmt: skip
     return y, following
 

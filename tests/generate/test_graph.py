@@ -1,0 +1,65 @@
+"""Decoding replayed from a CUDA graph gives what decoding step by step gives."""
+
+import pytest
+import torch
+
+from dualscan.generate import graph
+from dualscan.generate.engine import prefill, stream
+from dualscan.generate.graph import Stepper
+from dualscan.generate.sampling import Sampling
+from dualscan.models.config import ModelConfig
+from dualscan.models.lm import MambaLM
+
+GREEDY = Sampling(temperature=0)
+
+
+def model(pattern: str, device: str) -> MambaLM:
+    torch.manual_seed(1)
+    model = MambaLM(ModelConfig(d_model=64, pattern=pattern, vocab_size=37, d_state=16, headdim=16))
+    with torch.no_grad():
+        model.embedding.weight.mul_(20)
+    return model.to(device)
+
+
+def test_a_cpu_records_nothing() -> None:
+    lm = model("MM", "cpu")
+    tokens = torch.randint(0, 37, (2, 5))
+    with torch.inference_mode():
+        _, state = prefill(lm, tokens)
+        stepper = Stepper(lm, state, 100)
+        logits = stepper(tokens[:, 0])
+        assert not stepper.recorded
+        _, state = prefill(lm, tokens)
+        assert torch.equal(logits, lm(tokens[:, :1], state=state).logits[:, -1])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("pattern", "recorded"), [("MM", True), ("M-M-", True), ("mM", True), ("M*M", False)])
+def test_replayed_steps_equal_steps(
+    pattern: str, recorded: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = model(pattern, "cuda").to(dtype)
+    prompts = [torch.randint(0, 37, (length,)) for length in (5, 9, 1)]
+    with torch.inference_mode():
+        _, state = prefill(lm, prompts)
+        stepper = Stepper(lm, state, 100)
+        token = torch.zeros(3, dtype=torch.int64, device="cuda")
+        stepper(token)
+        assert stepper.recorded == recorded
+    replayed = list(stream(lm, prompts, max_tokens=40, sampling=GREEDY))
+    monkeypatch.setattr(graph, "LEAST_STEPS", 1000)
+    stepped = list(stream(lm, prompts, max_tokens=40, sampling=GREEDY))
+    assert torch.equal(torch.stack(replayed), torch.stack(stepped))
+    # The rows are far from each other, so that a state that is not carried on would show.
+    assert torch.stack(stepped).unique(dim=0).shape[0] > 5
+
+
+@pytest.mark.cuda
+def test_two_generations_side_by_side() -> None:
+    lm = model("MM", "cuda")
+    one, two = torch.randint(0, 37, (1, 8)), torch.randint(0, 37, (1, 8))
+    expected = [list(stream(lm, prompt, max_tokens=30, sampling=GREEDY)) for prompt in (one, two)]
+    pairs = zip(*(stream(lm, prompt, max_tokens=30, sampling=GREEDY) for prompt in (one, two)), strict=True)
+    for place, pair in enumerate(pairs):
+        assert [int(token) for token in pair] == [int(tokens[place]) for tokens in expected]
