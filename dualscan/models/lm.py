@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -181,15 +181,22 @@ class MambaLM(nn.Module):
         return self.embedding.weight if self.lm_head is None else self.lm_head.weight
 
     def loss(
-        self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None, ignore_index: int = -100
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Literal["mean", "sum"] = "mean",
     ) -> Tensor:
-        """Mean cross-entropy in nats of the targets, computed in float32.
+        """Cross-entropy in nats of the targets, computed in float32.
 
         Args:
             tokens: `(batch, seqlen)` int64 inputs.
             targets: `(batch, seqlen)` int64, the token after each input; `ignore_index` leaves a position out.
             cu_seqlens: as in `forward`.
             ignore_index: the target that does not count.
+            reduction: "mean" over the targets that count, or "sum".
 
         Returns:
             A scalar.
@@ -202,9 +209,11 @@ class MambaLM(nn.Module):
         if self._head_is_plain and targets.numel() * self.output_weight.shape[0] > MOST_LOGITS:
             if torch.is_autocast_enabled(hidden.device.type):
                 hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-            return linear_cross_entropy(hidden, self.output_weight, targets, ignore_index=ignore_index)
-        logits = self.project_out(hidden)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index)
+            return linear_cross_entropy(
+                hidden, self.output_weight, targets, ignore_index=ignore_index, reduction=reduction
+            )
+        logits = self.project_out(hidden).flatten(0, 1).float()
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction=reduction)
 
     def generate(self, tokens: Tensor, **options: Any) -> "GenerateOutput":
         """Continues prompts; see `dualscan.generate.engine.generate` for the options."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from dualscan.models.config import ModelConfig
 from dualscan.models.presets import preset
+from dualscan.ops._recompute import Recompute, check_recompute
 from dualscan.train.schedule import Schedule
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -37,6 +38,11 @@ class TrainConfig:
         grad_clip: largest norm of the whole gradient; 0 switches clipping off.
         seed: of the initial weights and of the order of the data.
         dtype: of the matrix products: auto takes bf16 where the device computes it faster, fp32 elsewhere.
+        recompute: what the backward computes again instead of keeping it in memory: none, activations or block; see
+            `Mamba2`.
+        compile: torch.compile every block; what is left between the operators becomes fewer kernels.
+        graph: replay the gradients of a step as a CUDA graph, which spares a small model the cost of its launches; not
+            with packed.
         device: auto takes a GPU if there is one.
         threads: CPU threads; None leaves PyTorch's choice.
         log_every: steps between metrics records.
@@ -67,6 +73,9 @@ class TrainConfig:
     grad_clip: float = 1.0
     seed: int = 0
     dtype: Precision = "auto"
+    recompute: Recompute = "none"
+    compile: bool = False
+    graph: bool = False
     device: str = "auto"
     threads: int | None = None
     log_every: int = 5
@@ -94,6 +103,11 @@ class TrainConfig:
             raise ValueError(f"min_lr_ratio={self.min_lr_ratio} must lie in [0, 1]; it is a part of the peak lr.")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must lie in [0, 1), such as (0.9, 0.95).")
+        check_recompute(self.recompute)
+        if self.graph and self.packed:
+            raise ValueError(
+                "graph=True needs steps of one size, and those of packed=True are not; use one of the two."
+            )
 
     @property
     def tokens_per_step(self) -> int:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from dualscan.data.loader import Batch, EvaluationBatch, evaluation_batches
@@ -55,9 +54,13 @@ def total_nll(model: "MambaLM", batch: Batch | EvaluationBatch, precision: Compu
     device = model.embedding.weight.device
     cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
     with autocast(device, precision):
-        logits = model(batch.tokens.to(device), cu_seqlens=cu_seqlens).logits
-    targets = batch.targets.to(device).flatten()
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return model.loss(
+            batch.tokens.to(device),
+            batch.targets.to(device),
+            cu_seqlens=cu_seqlens,
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+        )
 
 
 @torch.inference_mode()

@@ -12,18 +12,19 @@ from tqdm import tqdm
 
 from dualscan.data._files import write_text
 from dualscan.data.corpus import prepare
-from dualscan.data.loader import Loader
-from dualscan.data.packing import IGNORE_INDEX
+from dualscan.data.loader import Batch, Loader
 from dualscan.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from dualscan.models.lm import MambaLM
 from dualscan.models.weights import load as load_model
+from dualscan.nn.block import set_recompute
 from dualscan.train import checkpoint, metrics, plot
 from dualscan.train.checkpoint import TrainState
 from dualscan.train.config import TrainConfig, to_json
 from dualscan.train.evaluate import Evaluation, evaluate, total_nll
 from dualscan.train.optim import adamw, load_state_tensors, state_tensors
-from dualscan.train.runtime import StopSignals, autocast, bar_interval, pick_device, pick_precision
+from dualscan.train.runtime import StopSignals, bar_interval, pick_device, pick_precision
 from dualscan.train.schedule import StepBudget, lr_factor
+from dualscan.train.step import Reading, TrainStep
 
 logger = logging.getLogger("dualscan.train")
 
@@ -34,6 +35,15 @@ BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} steps [{el
 
 class TrainingDivergedError(RuntimeError):
     """The loss or the gradient is no longer finite."""
+
+
+class _Begun(NamedTuple):
+    """A step whose results are on their way."""
+
+    step: int
+    tokens: int
+    lr: float
+    reading: Reading
 
 
 class TrainResult(NamedTuple):
@@ -105,6 +115,7 @@ class Trainer:
         self.step, self.tokens = 0, 0
         self.budget = StepBudget(max_steps=config.max_steps, max_minutes=config.max_minutes)
         self._saved: Path | None = None
+        self._begun: _Begun | None = None
         if resume:
             self._restore(checkpoint.find(config.out))
         else:
@@ -113,6 +124,11 @@ class Trainer:
             self.optimizer = self._new_optimizer()
             if newest is not None:
                 _remove_run(config.out)
+        set_recompute(self.model, config.recompute)
+        if config.compile:
+            for block in self.model.layers:
+                block.compile(fullgraph=True)
+        self._run_step = TrainStep(self.model, self.optimizer, precision=self.precision, grad_clip=config.grad_clip)
         config.out.mkdir(parents=True, exist_ok=True)
         write_text(config.out / checkpoint.CONFIG, to_json(config))
 
@@ -152,6 +168,7 @@ class Trainer:
                 self._compile_kernels(bar)
                 while not self.budget.done(self.step) and not signals.requested:
                     self._advance(log, bar)
+                self._settle(log, bar)
                 bar.refresh()
             folder, validation = self.save(), None
             # Everything is on disk now, so that Ctrl-C may end the last evaluation at once.
@@ -164,40 +181,68 @@ class Trainer:
     def _compile_kernels(self, bar: tqdm) -> None:
         """A small step that changes nothing: kernels are compiled on their first call, which is no training time."""
         bar.set_postfix_str("compiling kernels", True)
+        config = self.config
+        if config.graph:
+            tokens = torch.zeros(config.batch_size, config.seqlen, dtype=torch.int64)
+            self._run_step.record([Batch(tokens, tokens, None)] * config.accumulation)
+            return
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
-        with autocast(self.device, self.precision):
-            loss = self.model.loss(tokens, tokens)
-        loss.backward()
+        total_nll(self.model, Batch(tokens, tokens, None), self.precision).backward()
         self.optimizer.zero_grad()
 
     def _advance(self, log: metrics.MetricsLog, bar: tqdm) -> None:
-        """One step with its records, and the evaluation and the checkpoint that are due after it."""
+        """One step, and the evaluation and the checkpoint that are due after it."""
+        started = time.perf_counter()
         config = self.config
-        loss, grad_norm = self._train_step()
+        begun = self._train_step()
+        evaluate = bool(config.eval_every) and self.step % config.eval_every == 0
+        save = bool(config.save_every) and self.step % config.save_every == 0
+        at_once = evaluate or save or self.device.type != "cuda"
+        awaited = begun if at_once else self._begun
+        if awaited is not None:
+            awaited.reading.values()
+        self.budget.record(self.step, time.perf_counter() - started)
+        self._settle(log, bar)
+        self._begun = begun
+        if at_once or self.budget.done(self.step):
+            self._settle(log, bar)
+        if self.budget.done(self.step):
+            return
+        if evaluate:
+            result = self.evaluate(max_tokens=config.eval_tokens)
+            log.write(self.step, tokens=self.tokens, validation_bpb=result.bits_per_byte)
+            logger.info("step %d: %.3f validation bits per byte", self.step, result.bits_per_byte)
+        if save:
+            self.save()
+
+    def _settle(self, log: metrics.MetricsLog, bar: tqdm) -> None:
+        """Looks at the step that was begun last: on a GPU it ends only after the program has begun the next one.
+
+        Raises:
+            TrainingDivergedError: its loss or its gradient is not finite.
+        """
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        loss, grad_norm = begun.reading.values()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingDivergedError(self._diverged(begun, loss, grad_norm))
         bits = self._bits_per_byte(loss)
         bar.total = self.budget.total_steps
         bar.set_postfix_str(f"loss {loss:.3f}, {bits:.3f} bits/byte, {self._speed():,.0f} tokens/s", False)
         bar.update()
-        if self.step % config.log_every == 0 or self.step == 1:
+        if begun.step % self.config.log_every == 0 or begun.step == 1:
             log.write(
-                self.step,
-                tokens=self.tokens,
+                begun.step,
+                tokens=begun.tokens,
                 seconds=round(self.budget.seconds, 3),
                 loss=loss,
                 train_bpb=bits,
                 grad_norm=grad_norm,
-                lr=self.optimizer.param_groups[0]["lr"],
+                lr=begun.lr,
                 tokens_per_s=round(self._speed(), 1),
                 total_steps=self.budget.total_steps,
             )
-        if self.budget.done(self.step):
-            return
-        if config.eval_every and self.step % config.eval_every == 0:
-            result = self.evaluate(max_tokens=config.eval_tokens)
-            log.write(self.step, tokens=self.tokens, validation_bpb=result.bits_per_byte)
-            logger.info("step %d: %.3f validation bits per byte", self.step, result.bits_per_byte)
-        if config.save_every and self.step % config.save_every == 0:
-            self.save()
 
     def _bar(self) -> tqdm:
         return tqdm(
@@ -209,11 +254,10 @@ class Trainer:
             disable=not self._progress,
         )
 
-    def _train_step(self) -> tuple[float, float]:
-        """One optimizer step; returns the loss in nats per token and the norm of the gradient before clipping."""
-        started = time.perf_counter()
+    def _train_step(self) -> _Begun:
+        """Begins an optimizer step."""
         config = self.config
-        factor = lr_factor(
+        lr = config.lr * lr_factor(
             self.step,
             total_steps=self.budget.total_steps,
             warmup_steps=config.warmup_steps,
@@ -221,31 +265,17 @@ class Trainer:
             schedule=config.schedule,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * factor
-        batches = [next(self.loader) for _ in range(config.accumulation)]
-        count = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
-        summed = torch.zeros((), dtype=torch.float64)
-        for batch in batches:
-            nll = total_nll(self.model, batch, self.precision)
-            (nll / count).backward()
-            summed += nll.detach().cpu().double()
-        loss = summed.item() / count
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf).item()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingDivergedError(self._diverged(loss, grad_norm))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            group["lr"] = lr
+        reading = self._run_step([next(self.loader) for _ in range(config.accumulation)])
         self.step += 1
         self.tokens += config.tokens_per_step
-        self.budget.record(self.step, time.perf_counter() - started)
-        return loss, grad_norm
+        return _Begun(self.step, self.tokens, lr, reading)
 
-    def _diverged(self, loss: float, grad_norm: float) -> str:
+    def _diverged(self, begun: _Begun, loss: float, grad_norm: float) -> str:
         kept = f"{self._saved} is intact" if self._saved else "no checkpoint was saved before"
-        lr = self.optimizer.param_groups[0]["lr"]
         return (
-            f"step {self.step + 1} gives loss {loss} and gradient norm {grad_norm} at learning rate {lr:.3g}; {kept}. "
-            f"Try --lr {self.config.lr / 3:.1g} or more --warmup-steps."
+            f"step {begun.step} gives loss {loss} and gradient norm {grad_norm} at learning rate {begun.lr:.3g}; "
+            f"{kept}. Try --lr {self.config.lr / 3:.1g} or more --warmup-steps."
         )
 
     def _speed(self) -> float:

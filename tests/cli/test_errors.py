@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from dualscan.cli import main, one_line
-from dualscan.train import checkpoint, loop
+from dualscan.train import checkpoint, step
 from tests.cli.conftest import TINY
 
 
@@ -91,8 +91,8 @@ def test_a_full_disk_is_a_failed_run(command, text, tmp_path, monkeypatch):
 
 
 def test_divergence_is_a_failed_run(command, text, tmp_path, monkeypatch):
-    real = loop.total_nll
-    monkeypatch.setattr(loop, "total_nll", lambda *arguments: real(*arguments) * float("inf"))
+    real = step.total_nll
+    monkeypatch.setattr(step, "total_nll", lambda *arguments: real(*arguments) * float("inf"))
     code, _, err = command("train", *TINY, "--data", text, "--max-steps", 2, "--out", tmp_path / "r")
     assert code == 1
     assert "error: step 1 gives loss inf" in err

@@ -44,6 +44,8 @@ def test_wider_models_learn_slower():
         ({"lr": float("nan")}, "lr=nan must be positive"),
         ({"min_lr_ratio": 2.0}, r"min_lr_ratio=2\.0 must lie in \[0, 1\]"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0\.9, 1\.0\) must lie in \[0, 1\)"),
+        ({"recompute": "all"}, "recompute='all' is unknown; use 'none'"),
+        ({"graph": True, "packed": True}, "graph=True needs steps of one size, and those of packed=True are not"),
     ],
 )
 def test_bad_values_are_named(wrong, words):

@@ -11,7 +11,7 @@ import torch
 
 from dualscan.models.presets import preset
 from dualscan.models.weights import load
-from dualscan.train import checkpoint, loop, metrics
+from dualscan.train import checkpoint, loop, metrics, step
 from dualscan.train.config import from_json
 from dualscan.train.evaluate import evaluate
 from dualscan.train.loop import Trainer, TrainingDivergedError, train
@@ -64,6 +64,7 @@ VARIANTS = {
     "packed accumulation": {"packed": True, "accumulation": 2},
     "wsd without clipping": {"schedule": "wsd", "grad_clip": 0.0},
     "bf16": {"dtype": "bf16"},
+    "recomputed": {"recompute": "block", "accumulation": 2},
 }
 
 
@@ -105,6 +106,27 @@ def test_records_after_the_checkpoint_are_made_anew(config):
     assert losses(config) == expected
 
 
+def test_computing_again_changes_no_loss(config, tmp_path):
+    quiet(dataclasses.replace(config, max_steps=4))
+    for mode in ("activations", "block"):
+        other = dataclasses.replace(config, max_steps=4, recompute=mode, out=tmp_path / mode)
+        quiet(other)
+        assert losses(other) == losses(config)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own code
+def test_compiled_blocks_give_the_same_losses(config, tmp_path):
+    compiled = dataclasses.replace(config, max_steps=4, compile=True, out=tmp_path / "compiled")
+    try:
+        quiet(compiled)
+    except torch._inductor.exc.InvalidCxxCompiler:
+        pytest.skip("torch.compile needs a C++ compiler for the CPU")
+    quiet(dataclasses.replace(config, max_steps=4))
+    for (_, actual), (_, expected) in zip(losses(compiled), losses(config), strict=True):
+        assert actual == pytest.approx(expected, rel=CAPS[torch.float32][1])
+
+
 def test_accumulation_is_one_larger_batch(config, tmp_path):
     """The same windows in one batch of four and in two of two: the same first losses to rounding."""
     whole = dataclasses.replace(config, batch_size=4, max_steps=3, out=tmp_path / "whole")
@@ -124,13 +146,13 @@ def test_interruption_saves_and_says_what_came(config, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(config, monkeypatch):
-    real = loop.total_nll
+    real = step.total_nll
 
     def poisoned(model, batch, precision):
         loss = real(model, batch, precision)
         return loss * float("nan") if trainer.step == 12 else loss
 
-    monkeypatch.setattr(loop, "total_nll", poisoned)
+    monkeypatch.setattr(step, "total_nll", poisoned)
     trainer = Trainer(config, progress=False)
     with pytest.raises(TrainingDivergedError, match=r"step 13 gives loss nan .*step-000010 is intact\. Try --lr"):
         trainer.run()
