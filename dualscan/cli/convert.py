@@ -14,6 +14,7 @@ from tyro.conf import Positional
 from dualscan.cli._support.arguments import parse
 from dualscan.cli._support.checkpoints import find
 from dualscan.models import families
+from dualscan.models.families.express import fitting
 from dualscan.models.lm import MambaLM
 from dualscan.models.weights import CONFIG, FORMAT, is_ours, load, save
 
@@ -80,6 +81,7 @@ def _formats(model: MambaLM, folder: Path, to: str | None) -> tuple[str, str]:
     ours = is_ours(folder)
     if to == "source" or (to is None and ours):
         if origin is None:
-            raise ValueError(f"{folder} was made here and not converted; say --to what: {', '.join(families.NAMES)}.")
+            can = ", ".join(fitting(model.config))
+            raise ValueError(f"{folder} was made here and not converted; say --to what: {can} can express it.")
         return FORMAT, origin
     return FORMAT if ours or origin is None else origin, to or FORMAT

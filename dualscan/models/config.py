@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dualscan.models.layers import block
+from dualscan.nn.mlp import MLP
 
 _WHOLE = ("d_model", "vocab_size", "vocab_multiple", "d_state", "headdim", "expand", "ngroups", "d_conv")
 _WHOLE_OR_NONE = (
@@ -219,6 +220,11 @@ class ModelConfig:
     def attention_heads(self) -> int:
         """Heads of an attention layer."""
         return max(1, self.d_model // 64) if self.n_heads is None else self.n_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of an MLP layer."""
+        return MLP.default_hidden(self.d_model, self.mlp_activation) if self.d_mlp is None else self.d_mlp
 
     @property
     def padded_vocab_size(self) -> int:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from dualscan.models import families, hub
 from dualscan.models.config import ModelConfig
+from dualscan.models.families.express import express
 from dualscan.models.families.family import Family
 from dualscan.models.families.layout import Layout
 from dualscan.models.families.settings import Settings
@@ -104,13 +105,14 @@ def _foreign(model: MambaLM, format: str) -> tuple[dict[str, Tensor], dict[str, 
         format = source.family
     family = families.family(format)
     known = source is not None and source.family == family.name
-    values = dict(source.config) if source is not None and known else _express(family, model.config)
+    values = dict(source.config) if source is not None and known else express(family, model.config)
     layout, state = family.layout(model.config), model.state_dict()
     tensors: dict[str, Tensor] = {}
     for part in layout.parts(list(state)):
         tensors |= part.write([state[name].detach() for name in part.ours])
     if model.lm_head is None and family.head_when_tied:
-        tensors["lm_head.weight"] = model.embedding.weight.detach()
+        head = model.embedding.weight.detach()
+        tensors["lm_head.weight"] = head if family.weights == PICKLE else head.clone()  # safetensors shares no memory
     if source is not None and known:
         tensors = {name: _narrowed(t, source.dtypes.get(name, t.dtype)) for name, t in tensors.items()}
     dtype = _dtype_name(_most_common_dtype(tensors))
@@ -118,46 +120,9 @@ def _foreign(model: MambaLM, format: str) -> tuple[dict[str, Tensor], dict[str, 
         if values.get(name) not in (None, dtype):
             values[name] = dtype
     if "model_type" in values and not known:
-        values["dtype"] = dtype
+        # Which tokens end or fill a text is the tokenizer's to say; families have numbers of their own for it.
+        values |= {"dtype": dtype, **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))}
     return tensors, values, family.weights
-
-
-def _express(family: Family, config: ModelConfig) -> dict[str, Any]:
-    """A family's `config.json` for our configuration, proven by reading it back."""
-    if family.to_config is None:
-        raise ValueError(f"only what was loaded from a {family.name} checkpoint can be saved as one; use mamba_ssm.")
-    values = family.to_config(config)
-    back = family.config(Settings(family.name, values)).to_dict()
-    # At initialisation only, or a matter of speed; and names for the defaults.
-    free = {"embedding_std", "chunk_size"}
-    lost = [name for name, value in config.to_dict().items() if name not in free and back[name] != value]
-    lost = [name for name in lost if not _same_effect(config, name, back[name])]
-    if lost:
-        name = lost[0]
-        raise ValueError(
-            f"the format {family.name} cannot express this model: {name}={config.to_dict()[name]!r} would become "
-            f"{back[name]!r}; save it as 'dualscan'."
-        )
-    return values
-
-
-def _same_effect(config: ModelConfig, name: str, value: Any) -> bool:
-    """Whether a setting may become `value`: because it names the default, or nothing in the model asks for it."""
-    values = config.to_dict() | {name: value}
-    if name in ("vocab_size", "vocab_multiple"):
-        return name == "vocab_multiple" or value == config.padded_vocab_size
-    with torch.device("meta"):
-        before, after = MambaLM(config), MambaLM(ModelConfig.from_dict(values))
-    return _described(before) == _described(after)
-
-
-def _described(model: MambaLM) -> list[Any]:
-    """Everything that a model computes with, but for the numbers: attributes and shapes of all its modules."""
-    plain = (int, float, str, bool, tuple, type(None))
-    return [
-        (name, type(module), {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_"})
-        for name, module in model.named_modules()
-    ] + [(name, t.shape) for name, t in model.state_dict().items()]
 
 
 def _narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,8 +18,9 @@ class Family:
         name: how it is called: the `model_type` of transformers, or the program.
         checkpoints: a few that are published.
         config: its `config.json` as our configuration; raises ValueError for what cannot be expressed here.
+        to_config: a `config.json` for one of our configurations, where that is possible; see `families.express`.
+        takes: the patterns of our models that it can express.
         layout: the names of its tensors.
-        to_config: a `config.json` for one of our configurations; None if only checkpoints that came from there go back.
         weights: the file that it is saved as.
         aliases: names that some files use for a tensor -> the name that they should.
         head_when_tied: it stores the output projection also where that is the embedding.
@@ -29,8 +30,9 @@ class Family:
     name: str
     checkpoints: str
     config: Callable[[Settings], ModelConfig]
+    to_config: Callable[[ModelConfig], dict[str, Any]]
+    takes: str
     layout: Callable[[ModelConfig], Layout]
-    to_config: Callable[[ModelConfig], dict[str, Any]] | None = None
     weights: str = SAFETENSORS
     aliases: Mapping[str, str] = field(default_factory=dict)
     head_when_tied: bool = False

@@ -133,7 +133,7 @@ def _to_config(config: ModelConfig) -> dict[str, Any]:
     }
     return {
         "d_model": config.d_model,
-        "d_intermediate": (config.d_mlp or 0) if "-" in config.pattern else 0,
+        "d_intermediate": config.mlp_width if "-" in config.pattern else 0,
         "n_layer": len(mixers),
         "vocab_size": config.vocab_size,
         "ssm_cfg": ssm,
@@ -169,8 +169,9 @@ MAMBA_SSM = Family(
     name="mamba_ssm",
     checkpoints="state-spaces/mamba2-130m to mamba2-2.7b, mamba2attn-2.7b, mamba-130m to mamba-2.8b",
     config=_config,
-    layout=_layout,
     to_config=_to_config,
+    takes="layers M or *, or m or *, with - after each or after none",
+    layout=_layout,
     weights=PICKLE,
     head_when_tied=True,
 )

@@ -24,21 +24,23 @@ def tested() -> Counter[str]:
 def table() -> str:
     """Markdown: the families, what they differ in, and what is out of reach."""
     lines = [
-        "| family | published as | loads, and goes back bit for bit | models made here go there | configurations |",
+        "| family | published as | loads, goes back bit for bit | takes of models made here | configurations |",
         "|---|---|---|---|---|",
     ]
     counts = tested()
     known = [families.family(name) for name in families.NAMES]
     for family in known:
-        there = "yes" if family.to_config else "no"
         status = "yes" if counts[family.name] else "untested"
-        lines.append(f"| `{family.name}` | {family.checkpoints} | {status} | {there} | {counts[family.name]} |")
+        lines.append(f"| `{family.name}` | {family.checkpoints} | {status} | {family.takes} | {counts[family.name]} |")
     lines += [
         "",
         "Each configuration is a random model, not published weights, compared in float32 with transformers' own or,",
         f"for mamba_ssm, with its definitions written out: logits of one pass, pieces and steps within {LOGITS:g},",
         f"gradients of every tensor within {GRADIENTS:g} (relative root mean square), greedy batches of different",
         "lengths equal, files equal bit for bit. `dualscan_hf` is the same model, stored by another program.",
+        "",
+        "Models made here that go there are compared in the same way, and come back bit for bit. The letters are those",
+        "of `ModelConfig.pattern`; other settings have to fit, too, and one that does not is named.",
         "",
         "Where the model here computes something else than the family's own code, or where that is easily overlooked:",
         "",

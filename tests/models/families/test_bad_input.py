@@ -161,6 +161,14 @@ def test_families_out_of_reach(kind: str, tmp_path: Path) -> None:
     refused(tmp_path, repr(kind), families.OUT_OF_REACH[kind], "not supported yet", "mamba2")
 
 
+def test_a_pattern_with_layers_of_another_program(tmp_path: Path) -> None:
+    """The letters of Nemotron-H are among ours, and ours are more."""
+    saved(NEMOTRON, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_config(tmp_path, {**config, "hybrid_override_pattern": "M-M*mE"})
+    refused(tmp_path, "config.json", "hybrid_override_pattern='M-M*mE'", "M, *, - and E")
+
+
 def test_unknown_families(tmp_path: Path) -> None:
     write_config(tmp_path, {"model_type": "gpt2"})
     refused(tmp_path, "'gpt2'", *families.NAMES)
@@ -171,7 +179,7 @@ def test_unknown_families(tmp_path: Path) -> None:
 def test_saving_in_a_format_that_cannot_be(tmp_path: Path) -> None:
     saved(MAMBA2, tmp_path / "theirs")
     model = dualscan.load(tmp_path / "theirs")
-    with pytest.raises(ValueError, match=r"saved as one; use mamba_ssm"):
+    with pytest.raises(ValueError, match=r"bamba cannot express this model: pattern='MMM' would become 'M-M-M-'"):
         model.save(tmp_path / "out", format="bamba")
     with pytest.raises(ValueError, match="unknown family 'gguf'"):
         model.save(tmp_path / "out", format="gguf")

@@ -1,6 +1,7 @@
 """mamba_ssm's layout, which no package here can write: the same weights under transformers' names, and attention and
 MLP written out from their definitions."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 import dualscan
 from dualscan.models.config import ModelConfig
 from dualscan.models.lm import MambaLM
-from tests.models.test_weights import write_config
+from tests.models.test_weights import same, write_config
 from tests.oracle import relative_error
 
 D, V = 24, 37
@@ -135,7 +136,7 @@ class Reference(nn.Module):
 
             q, k = rotated(q), rotated(k)
         k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
-        scores = q @ k.mT * settings.get("softmax_scale", head_dim**-0.5)
+        scores = q @ k.mT * (settings.get("softmax_scale") or head_dim**-0.5)
         scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), -torch.inf)
         return mixer.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(-2))
 
@@ -210,6 +211,26 @@ def test_models_made_here_go_there(settings: dict[str, Any], family: str | None,
 
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         assert relative_error(loaded(ids).logits, theirs(ids).logits) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pattern": "MM*", "n_heads": 2, "n_kv_heads": 1, "rope_theta": 1e4, "rotary_dim": 8, "attention_conv": 3},
+        {"pattern": "M-*-M-", "n_heads": 3, "attention_scale": 0.3, "attention_bias": True, "d_mlp": 128},
+        {"pattern": "*-", "n_heads": 2, "tie_embeddings": False, "ngroups": 2, "d_mlp": 256},
+    ],
+    ids=lambda settings: settings["pattern"],
+)
+def test_hybrids_made_here_compute_the_same_there(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = ModelConfig(d_model=D, vocab_size=V, vocab_multiple=4, d_state=8, headdim=8, **settings)
+    model, ids = MambaLM(config).eval(), torch.randint(V, (2, 13))
+    model.save(tmp_path, format="mamba_ssm")
+    theirs = Reference(json.loads((tmp_path / "config.json").read_text())).eval()
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    assert theirs.load_state_dict(weights, strict=True)
+    assert relative_error(model(ids).logits, theirs(ids)) <= 1e-5
+    same(dualscan.load(tmp_path), model)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,15 @@
 A layer there is two residual blocks here.
 """
 
+import math
 from typing import Any
 
+from dualscan.models.config import ModelConfig
 from dualscan.models.families.layout import Layout
 from dualscan.models.families.settings import Settings
 
+# Families that clamp Δ from below at time_step_min also take its logarithm: what stands for 0.
+_LEAST = 1e-38
 # The names of attention's and the MLP's last matrix, under which they are called out_proj here.
 ATTENTION_OUT, MLP_OUT = "o_proj", "down_proj"
 
@@ -41,6 +45,33 @@ def mamba2(settings: Settings) -> dict[str, Any]:
     }
 
 
+def mamba2_values(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `mamba2`."""
+    return {
+        "mamba_d_state": config.d_state,
+        # A width of its own (d_ssm) is not among these settings.
+        "mamba_n_heads": config.expand * config.d_model // config.headdim,
+        "mamba_d_head": config.headdim,
+        "mamba_expand": config.expand,
+        "mamba_n_groups": config.ngroups,
+        "mamba_d_conv": config.d_conv,
+        "time_step_limit": [float(limit) for limit in config.dt_limit],
+        "mamba_proj_bias": config.mamba_bias,
+        "mamba_conv_bias": config.conv_bias,
+    }
+
+
+def lower_limit(settings: Settings) -> dict[str, Any]:
+    """The clamp of Δ of families that have it from below only, at `time_step_min`, whatever `time_step_limit` says."""
+    least = settings("time_step_min", 0.001)
+    return {"dt_limit": (0.0 if least <= _LEAST else least, math.inf)}
+
+
+def lower_limit_values(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `lower_limit`."""
+    return {"time_step_min": float(config.dt_limit[0]) or _LEAST}
+
+
 def attention(settings: Settings) -> dict[str, Any]:
     """The attention fields, without positions."""
     heads = settings("num_attention_heads")
@@ -49,6 +80,17 @@ def attention(settings: Settings) -> dict[str, Any]:
         "n_kv_heads": settings("num_key_value_heads", None) or heads,
         "head_dim": settings("head_dim", None) or settings("hidden_size") // heads,
         "attention_bias": settings("attention_bias", False),
+    }
+
+
+def attention_values(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `attention`."""
+    heads = config.attention_heads
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.n_kv_heads or heads,
+        "head_dim": config.head_dim or config.d_model // heads,
+        "attention_bias": config.attention_bias,
     }
 
 
@@ -66,6 +108,12 @@ def rotary(settings: Settings, *, share: float = 1.0) -> dict[str, Any]:
     return {"rope_theta": float(theta), "rotary_dim": None if share == 1.0 else int(head_dim * share)}
 
 
+def rotary_values(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `rotary` for whole heads; without positions, what stands for the default."""
+    theta = float(config.rope_theta or 10000.0)
+    return {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
 def whole(settings: Settings, *, eps: str = "rms_norm_eps") -> dict[str, Any]:
     """The fields of the model around its layers."""
     settings.only("hidden_act", "silu", lacks="another activation")
@@ -75,6 +123,17 @@ def whole(settings: Settings, *, eps: str = "rms_norm_eps") -> dict[str, Any]:
         "vocab_multiple": 1,
         "norm_eps": settings(eps, 1e-5),
         "tie_embeddings": settings("tie_word_embeddings", False),
+    }
+
+
+def whole_values(config: ModelConfig, *, eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """The inverse of `whole`."""
+    return {
+        "hidden_act": "silu",
+        "hidden_size": config.d_model,
+        "vocab_size": config.padded_vocab_size,
+        eps: float(config.norm_eps),
+        "tie_word_embeddings": config.tie_embeddings,
     }
 
 

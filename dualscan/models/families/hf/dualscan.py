@@ -49,6 +49,7 @@ DUALSCAN_HF = Family(
     name="dualscan_hf",
     checkpoints="what `DualscanForCausalLM.save_pretrained` wrote",
     config=_config,
-    layout=_layout,
     to_config=_to_config,
+    takes="every model",
+    layout=_layout,
 )

@@ -42,6 +42,37 @@ def _config(settings: Settings) -> ModelConfig:
     )
 
 
+def _to_config(config: ModelConfig) -> dict[str, Any]:
+    attention = blocks.attention_values(config)
+    scale, plain = config.attention_scale, attention["head_dim"] ** -0.5
+    mamba_in, mamba_out, attention_in, attention_out = map(float, config.branch_scales or (1.0,) * 4)
+    return {
+        "architectures": ["FalconH1ForCausalLM"],
+        "model_type": "falcon_h1",
+        "num_hidden_layers": config.pattern.count("P"),
+        **blocks.whole_values(config),
+        **blocks.mamba2_values(config),
+        "mamba_d_ssm": config.d_inner,
+        "mamba_n_heads": config.nheads,
+        "mamba_rms_norm": config.gated_norm,
+        "mamba_norm_before_gate": config.norm_before_gate,
+        "projectors_bias": config.mamba_bias,
+        **attention,
+        **blocks.rotary_values(config),
+        "key_multiplier": 1.0 if scale is None else scale / plain,
+        "ssm_multipliers": [float(factor) for factor in config.projection_scales or (1.0,) * 5],
+        "ssm_in_multiplier": mamba_in,
+        "ssm_out_multiplier": mamba_out,
+        "attention_in_multiplier": attention_in,
+        "attention_out_multiplier": attention_out,
+        "intermediate_size": config.mlp_width,
+        "mlp_bias": config.mlp_bias,
+        "mlp_multipliers": [float(config.gate_scale), float(config.mlp_scale)],
+        "embedding_multiplier": float(config.embedding_scale),
+        "lm_head_multiplier": float(config.logits_scale),
+    }
+
+
 def _layout(config: ModelConfig) -> Layout:
     layers = config.n_layers // 2
     norms = "input_layernorm", "pre_ff_layernorm"
@@ -61,5 +92,7 @@ FALCON_H1 = Family(
     name="falcon_h1",
     checkpoints="tiiuae/Falcon-H1-0.5B-Base to Falcon-H1-34B-Base",
     config=_config,
+    to_config=_to_config,
+    takes="layers P, with - after each",
     layout=_layout,
 )

@@ -34,12 +34,48 @@ def _config(settings: Settings) -> ModelConfig:
     )
 
 
+def _to_config(config: ModelConfig) -> dict[str, Any]:
+    mixers = [letter for letter in config.pattern if letter not in "-E"]
+    rope = config.rope_theta is not None
+    attention = blocks.attention_values(config)
+    return {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "model_type": "granitemoehybrid",
+        "num_hidden_layers": len(mixers),
+        "layer_types": ["full_attention" if letter == "*" else "linear_attention" for letter in mixers],
+        "position_embedding_type": "rope" if rope else "nope",
+        **blocks.whole_values(config),
+        **blocks.mamba2_values(config),
+        **attention,
+        **(blocks.rotary_values(config) if rope else {}),
+        "attention_multiplier": config.attention_scale or attention["head_dim"] ** -0.5,
+        **(_expert_values(config) if "E" in config.pattern else _dense_values(config)),
+        "embedding_multiplier": config.embedding_scale,
+        "residual_multiplier": config.residual_scale,
+        "logits_scaling": 1.0 / config.logits_scale,
+    }
+
+
+def _dense_values(config: ModelConfig) -> dict[str, Any]:
+    return {"num_local_experts": 0, "shared_intermediate_size": config.mlp_width}
+
+
 def _experts(settings: Settings) -> dict[str, Any]:
     return {
         "n_experts": settings("num_local_experts"),
         "experts_per_token": settings("num_experts_per_tok"),
         "d_expert": settings("intermediate_size"),
         "d_shared": settings("shared_intermediate_size"),
+    }
+
+
+def _expert_values(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_local_experts": config.n_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "intermediate_size": config.d_expert,
+        # It has a shared MLP in any case.
+        "shared_intermediate_size": config.d_shared or 1,
     }
 
 
@@ -64,5 +100,7 @@ GRANITE = Family(
     name="granitemoehybrid",
     checkpoints="ibm-granite/granite-4.0-h-tiny, granite-4.0-h-micro",
     config=_config,
+    to_config=_to_config,
+    takes="layers M or *, with - after each or E after each",
     layout=_layout,
 )

@@ -1,5 +1,7 @@
 """AI21's Jamba as transformers stores it: Mamba or attention, then an MLP or experts."""
 
+from typing import Any
+
 from dualscan.models.config import ModelConfig
 from dualscan.models.families.family import Family
 from dualscan.models.families.hf import blocks
@@ -35,6 +37,41 @@ def _config(settings: Settings) -> ModelConfig:
     )
 
 
+def _to_config(config: ModelConfig) -> dict[str, Any]:
+    mixers, layers = config.pattern[::2], len(config.pattern[::2])
+    attended = _regular([i for i, letter in enumerate(mixers) if letter == "*"], layers)
+    expert = _regular([i for i, letter in enumerate(config.pattern[1::2]) if letter == "E"], layers)
+    attention = blocks.attention_values(config)
+    del attention["attention_bias"]  # which has no effect there
+    return {
+        "architectures": ["JambaForCausalLM"],
+        "model_type": "jamba",
+        "num_hidden_layers": layers,
+        "attn_layer_period": attended[0],
+        "attn_layer_offset": attended[1],
+        "expert_layer_period": expert[0],
+        "expert_layer_offset": expert[1],
+        "num_experts": config.n_experts if "E" in config.pattern else 1,
+        "num_experts_per_tok": config.experts_per_token or 1,
+        "intermediate_size": config.mlp_width if "-" in config.pattern else config.d_expert,
+        **blocks.whole_values(config),
+        "mamba_d_state": config.d_state,
+        "mamba_expand": config.expand,
+        "mamba_d_conv": config.d_conv,
+        "mamba_dt_rank": config.dt_rank or "auto",
+        "mamba_proj_bias": config.mamba_bias,
+        "mamba_conv_bias": config.conv_bias,
+        **attention,
+    }
+
+
+def _regular(places: list[int], layers: int) -> tuple[int, int]:
+    """The period and offset of layers at regular distances; of none, an offset that no layer has."""
+    if not places:
+        return layers + 1, layers
+    return (places[1] - places[0] if len(places) > 1 else layers), places[0]
+
+
 def _layout(config: ModelConfig) -> Layout:
     mixers = ["self_attn" if letter == "*" else "mamba" for letter in config.pattern[::2]]
     norms = "input_layernorm", "pre_ff_layernorm"
@@ -56,5 +93,7 @@ JAMBA = Family(
     name="jamba",
     checkpoints="ai21labs/Jamba-v0.1, AI21-Jamba-1.5-Mini, AI21-Jamba-Reasoning-3B",
     config=_config,
+    to_config=_to_config,
+    takes="layers m or *, with - or E after each, those of a kind at regular distances",
     layout=_layout,
 )

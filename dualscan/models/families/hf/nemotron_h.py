@@ -23,6 +23,10 @@ def _config(settings: Settings) -> ModelConfig:
         if not set(types) <= _LETTERS.keys():
             raise ValueError(f"the nemotron_h configuration has layers_block_type={types}; expected {list(_LETTERS)}.")
         pattern = "".join(_LETTERS[kind] for kind in types)
+    if not set(pattern) <= set(_LETTERS.values()):
+        raise ValueError(
+            f"the nemotron_h configuration has hybrid_override_pattern={pattern!r}; expected layers M, *, - and E."
+        )
     heads = settings("num_attention_heads")
     return ModelConfig(
         d_model=settings("hidden_size"),
@@ -34,8 +38,7 @@ def _config(settings: Settings) -> ModelConfig:
         d_ssm=settings("mamba_num_heads") * settings("mamba_head_dim"),
         ngroups=settings("n_groups", 8),
         d_conv=settings("conv_kernel", 4),
-        # The model there clamps Δ from below only, at time_step_min, whatever time_step_limit says.
-        dt_limit=(settings("time_step_min", 0.001), float("inf")),
+        **blocks.lower_limit(settings),
         mamba_bias=settings("use_bias", False),
         conv_bias=settings("use_conv_bias", True),
         n_heads=heads,
@@ -50,6 +53,37 @@ def _config(settings: Settings) -> ModelConfig:
     )
 
 
+def _to_config(config: ModelConfig) -> dict[str, Any]:
+    activation = {"gelu": "gelu"}.get(config.mlp_activation, "relu2")
+    attention = blocks.attention_values(config)
+    del attention["attention_bias"]  # which has no effect there
+    values = {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "hidden_size": config.d_model,
+        "hybrid_override_pattern": "".join(x if x in _LETTERS.values() else "M" for x in config.pattern),
+        "num_hidden_layers": config.n_layers,
+        "vocab_size": config.padded_vocab_size,
+        "ssm_state_size": config.d_state,
+        "mamba_num_heads": config.nheads,
+        "mamba_head_dim": config.headdim,
+        "mamba_hidden_act": "silu",
+        "expand": config.expand,
+        "n_groups": config.ngroups,
+        "conv_kernel": config.d_conv,
+        **blocks.lower_limit_values(config),
+        "use_bias": config.mamba_bias,
+        "use_conv_bias": config.conv_bias,
+        **attention,
+        "intermediate_size": config.mlp_width,
+        "mlp_hidden_act": activation,
+        "mlp_bias": config.mlp_bias,
+        "layer_norm_epsilon": float(config.norm_eps),
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+    return values | _expert_values(config) if "E" in config.pattern else values
+
+
 def _experts(settings: Settings) -> dict[str, Any]:
     return {
         "n_experts": settings("n_routed_experts"),
@@ -61,6 +95,20 @@ def _experts(settings: Settings) -> dict[str, Any]:
         "router_groups_used": settings("topk_group", 1),
         "router_normalize": settings("norm_topk_prob", True),
         "router_scale": float(settings("routed_scaling_factor", 1.0)),
+    }
+
+
+def _expert_values(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "n_routed_experts": config.n_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "moe_intermediate_size": config.d_expert,
+        # It has a shared MLP in any case.
+        "moe_shared_expert_intermediate_size": config.d_shared or 1,
+        "n_group": config.router_groups or 1,
+        "topk_group": config.router_groups_used or 1,
+        "norm_topk_prob": config.router_normalize,
+        "routed_scaling_factor": float(config.router_scale),
     }
 
 
@@ -90,6 +138,9 @@ NEMOTRON_H = Family(
     name="nemotron_h",
     checkpoints="nvidia/Nemotron-H-8B-Base-8K, nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
     config=_config,
+    to_config=_to_config,
+    head_when_tied=True,
+    takes="layers M, *, - and E in any order",
     layout=_layout,
     differences=(
         "transformers clamps Δ from below at time_step_min over a sequence, whatever time_step_limit says, and not in "

@@ -1,5 +1,7 @@
 """Zyphra's Zamba2 as transformers stores it: Mamba-2, some layers steered by one of a few shared transformers."""
 
+from typing import Any
+
 from dualscan.models.config import ModelConfig
 from dualscan.models.families.family import Family
 from dualscan.models.families.hf import blocks
@@ -34,7 +36,7 @@ def _config(settings: Settings) -> ModelConfig:
         expand=expand,
         ngroups=settings("mamba_ngroups", 1),
         d_conv=settings("mamba_d_conv", 4),
-        dt_limit=(settings("time_step_min", 0.001), float("inf")),
+        **blocks.lower_limit(settings),
         mamba_bias=settings("add_bias_linear", False),
         n_heads=heads,
         n_kv_heads=settings("num_key_value_heads", None) or heads,
@@ -49,6 +51,36 @@ def _config(settings: Settings) -> ModelConfig:
         attention_adapters=settings("use_shared_attention_adapter", False),
         tie_embeddings=True,
     )
+
+
+def _to_config(config: ModelConfig) -> dict[str, Any]:
+    heads, rope = config.attention_heads, config.rope_theta is not None
+    return {
+        "architectures": ["Zamba2ForCausalLM"],
+        "model_type": "zamba2",
+        **blocks.whole_values(config),
+        "hidden_act": "gelu",
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "num_hidden_layers": config.n_layers,
+        "layers_block_type": ["hybrid" if letter == "S" else "linear_attention" for letter in config.pattern],
+        "mamba_d_state": config.d_state,
+        "mamba_expand": config.expand,
+        "n_mamba_heads": config.expand * config.d_model // config.headdim,
+        "mamba_ngroups": config.ngroups,
+        "mamba_d_conv": config.d_conv,
+        **blocks.lower_limit_values(config),
+        "add_bias_linear": config.mamba_bias,
+        "num_attention_heads": heads,
+        # Adapters of keys and values are as wide as those of queries.
+        "num_key_value_heads": heads if config.attention_adapters else config.n_kv_heads or heads,
+        "use_mem_rope": rope,
+        **(blocks.rotary_values(config) if rope else {}),
+        "intermediate_size": config.mlp_width,
+        "num_mem_blocks": config.n_shared or 1,
+        "adapter_rank": config.adapter_rank or 1,
+        "use_shared_attention_adapter": config.attention_adapters,
+    }
 
 
 def _layout(config: ModelConfig) -> Layout:
@@ -87,6 +119,8 @@ ZAMBA2 = Family(
     name="zamba2",
     checkpoints="Zyphra/Zamba2-1.2B, Zamba2-2.7B, Zamba2-7B",
     config=_config,
+    to_config=_to_config,
+    takes="layers M and S in any order",
     layout=_layout,
     differences=(
         "transformers clamps Δ from below at time_step_min over a sequence and not in cached steps; here it is clamped "
