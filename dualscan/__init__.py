@@ -26,12 +26,14 @@ _PUBLIC = {
     "LMOutput": "dualscan.models.lm",
     "MambaLM": "dualscan.models.lm",
     "load": "dualscan.models.weights",
+    "load_tokenizer": "dualscan.generate.text",
     "preset": "dualscan.models.presets",
 }
 
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from dualscan.generate.text import load_tokenizer
     from dualscan.models.config import ModelConfig
     from dualscan.models.lm import LMOutput, MambaLM
     from dualscan.models.presets import preset

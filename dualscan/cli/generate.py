@@ -12,10 +12,8 @@ from tyro.conf import Positional
 
 from dualscan.cli._support.arguments import parse
 from dualscan.cli._support.checkpoints import find, tokenizer_of
-from dualscan.data.tokenizer import Tokenizer
 from dualscan.generate.sampling import Sampling
 from dualscan.generate.text import stream_text
-from dualscan.models.lm import MambaLM
 from dualscan.models.weights import load
 from dualscan.train.runtime import pick_device
 
@@ -85,7 +83,6 @@ def main(argv: Sequence[str]) -> int:
         sampling=sampling,
         stop=arguments.stop,
         seed=arguments.seed,
-        opening=_opening(model, tokenizer),
     )
     started = time.perf_counter()
     written = show(arguments.prompt, pieces)
@@ -93,15 +90,6 @@ def main(argv: Sequence[str]) -> int:
         seconds = time.perf_counter() - started
         print(f"[{written} characters, {written / seconds:.0f} a second, from {folder}]", file=sys.stderr)
     return 0
-
-
-def _opening(model: MambaLM, tokenizer: Tokenizer) -> list[int] | None:
-    """What texts begin with: another program's tokenizer says it for that program's models; None is our own way."""
-    if model.source is None:
-        return None
-    opening = tokenizer.opening()
-    # What transformers stores for this package may have been trained by either.
-    return None if model.source.family == "dualscan_hf" and not opening else opening
 
 
 def show(prompt: str, pieces: Iterable[str]) -> int:

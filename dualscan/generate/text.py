@@ -1,16 +1,39 @@
 """From prompt to text: tokens become characters as they are made, and stop strings end the text exactly."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from dualscan.data.tokenizer import StreamDecoder, Tokenizer
+from dualscan.data import tokenizer as on_disk
+from dualscan.data.tokenizer import ByteTokenizer, HFTokenizer, StreamDecoder, Tokenizer
 from dualscan.generate.engine import stream
 from dualscan.generate.sampling import Sampling
+from dualscan.models import hub
 
 if TYPE_CHECKING:
     from dualscan.models.lm import MambaLM
+
+
+def load_tokenizer(name: str | Path, *, revision: str | None = None) -> ByteTokenizer | HFTokenizer:
+    """Reads the tokenizer beside a checkpoint: the same name as for `dualscan.load`.
+
+    Args:
+        name: a folder with `byte_tokenizer.json` or `tokenizer.json`, or such a file; or the name of a repository of
+            the Hugging Face hub, whose weights are not fetched.
+        revision: branch, tag or commit of the repository.
+
+    Returns:
+        The tokenizer: `encode`, `decode`, `eos_id`, and `save` for writing it beside a model.
+
+    Raises:
+        FileNotFoundError: no such folder or repository, or there is no tokenizer in it.
+        OSError: the hub cannot be reached.
+        ValueError: a folder holds both kinds, or the file is damaged.
+    """
+    path = Path(name)
+    return on_disk.load_tokenizer(path if path.exists() else hub.find(name, revision=revision, weights=False))
 
 
 class StopFilter:
@@ -72,8 +95,9 @@ def stream_text(
 ) -> Iterator[str]:
     """Continues a text, piece by piece.
 
-    The prompt stands at the beginning of a document, which is what the end-of-document id as the first input means. The
-    text ends at the next one, at a stop string, or after `max_tokens`.
+    The prompt stands at the beginning of a document, which is what the end-of-document id as the first input means to
+    a model that was trained here; another program's model begins as its tokenizer says. The text ends at the next
+    end-of-document id, at a stop string, or after `max_tokens`.
 
     Args:
         model: the language model.
@@ -83,13 +107,14 @@ def stream_text(
         sampling: how a token is drawn; None is plain sampling at temperature 1.
         stop: strings that end the text; they are not part of it.
         seed: equal seeds write equal texts on one device.
-        opening: ids before the prompt, for models that were trained with others than `[eos_id]`, which None is.
+        opening: ids before the prompt; None takes those that the model was trained with.
 
     Yields:
         Non-empty pieces of text that join to the continuation, without the prompt.
     """
     # Something has to come before the first token.
-    ids = [*([tokenizer.eos_id] if opening is None else opening), *tokenizer.encode(prompt)] or [tokenizer.eos_id]
+    ids = [*(_opening(model, tokenizer) if opening is None else opening), *tokenizer.encode(prompt)]
+    ids = ids or [tokenizer.eos_id]
     prompt_ids = torch.tensor([ids], dtype=torch.int64)
     decoder, stop_filter = StreamDecoder(tokenizer), StopFilter(stop)
     tokens = stream(
@@ -109,3 +134,13 @@ def stream_text(
             return
     if rest := stop_filter.feed(decoder.flush()) + stop_filter.flush():
         yield rest
+
+
+def _opening(model: "MambaLM", tokenizer: Tokenizer) -> list[int]:
+    """The ids that a model's texts begin with."""
+    ours = [tokenizer.eos_id]
+    if model.source is None:
+        return ours
+    opening = tokenizer.opening()
+    # What transformers stores for this package may have been trained by either.
+    return ours if model.source.family == "dualscan_hf" and not opening else opening

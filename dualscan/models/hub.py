@@ -3,19 +3,21 @@
 import re
 from pathlib import Path
 
-# What a checkpoint consists of, for us: configuration, weights, tokenizer.
-_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer.model", "*.txt", "*.jinja"]
+# What a checkpoint consists of, for us: configuration and tokenizer, weights.
+_SETTINGS = ["*.json", "tokenizer.model", "*.txt", "*.jinja"]
+_WEIGHTS = ["*.safetensors", "pytorch_model*.bin"]
 # The same weights once more, in formats that are not read.
 _OTHERS = ["consolidated*", "original/*", "*.gguf"]
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def find(name: str | Path, *, revision: str | None = None) -> Path:
+def find(name: str | Path, *, revision: str | None = None, weights: bool = True) -> Path:
     """The folder of a checkpoint.
 
     Args:
         name: a folder, or the name of a repository such as "state-spaces/mamba2-130m". A folder goes first.
         revision: branch, tag or commit of the repository; None is its main branch.
+        weights: False leaves the weights of a repository where they are.
 
     Returns:
         The folder; for a repository, the one in the cache of `huggingface_hub`.
@@ -37,7 +39,8 @@ def find(name: str | Path, *, revision: str | None = None) -> Path:
             f"{name} is no folder here; to fetch it from the hub, pip install 'dualscan[hf]' (huggingface_hub)."
         ) from error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns=_OTHERS))
+        wanted = _SETTINGS + (_WEIGHTS if weights else [])
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_OTHERS))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(

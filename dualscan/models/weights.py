@@ -275,7 +275,7 @@ def load_config(folder: str | Path) -> ModelConfig:
     """Reads the configuration of a checkpoint, of whatever family.
 
     Args:
-        folder: holds `config.json`.
+        folder: holds `config.json`; or the name of a repository of the hub, whose weights are not fetched.
 
     Returns:
         The `ModelConfig`.
@@ -284,7 +284,7 @@ def load_config(folder: str | Path) -> ModelConfig:
         FileNotFoundError: no such folder or file.
         ValueError: not JSON, or a checkpoint of another program.
     """
-    folder = hub.find(folder)
+    folder = hub.find(folder, weights=False)
     return _configuration(folder, _read_config(folder))[1]
 
 

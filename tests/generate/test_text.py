@@ -1,5 +1,6 @@
 """Text that appears as it is made, cut exactly at stop strings."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualscan.data.tokenizer import ByteTokenizer
+import dualscan
+from dualscan.data.tokenizer import ByteTokenizer, HFTokenizer
 from dualscan.generate.sampling import Sampling
 from dualscan.generate.text import StopFilter, stream_text
 from dualscan.models.lm import MambaLM
 from dualscan.models.presets import preset
+from dualscan.models.weights import Source
 
 
 @settings(deadline=None)
@@ -49,7 +52,7 @@ class Script(torch.nn.Module):
 
     def __init__(self, text: str):
         super().__init__()
-        self.config = preset("tiny")
+        self.config, self.source = preset("tiny"), None
         self.ids = [*text.encode(), ByteTokenizer.eos_id]
         self.anchor = torch.nn.Parameter(torch.zeros(1))
 
@@ -86,3 +89,59 @@ def test_a_real_model_writes_from_an_empty_prompt():
     texts = ["".join(stream_text(model, ByteTokenizer(), "", max_tokens=30, seed=seed)) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0]
+
+
+def opened(tokenizer: Any, family: str | None) -> list[int]:
+    """What `stream_text` gives a model of a family to read for the prompt "AB"."""
+    model, read = MambaLM(preset("tiny")), []
+    if family is not None:
+        model.source = Source(family=family, config={}, dtypes={})
+    model.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    next(stream_text(model, tokenizer, "AB", max_tokens=1, sampling=Sampling(temperature=0)), None)
+    return read[0][0].tolist()
+
+
+def test_a_text_begins_as_its_model_was_trained():
+    """Here, with the end of the document before it; elsewhere, as the tokenizer says."""
+    library = pytest.importorskip("tokenizers")
+    vocabulary = {"<eos>": 0, "<s>": 1, "A": 2, "B": 3}
+    plain = library.Tokenizer(library.models.BPE(vocabulary, []))
+    plain.add_special_tokens(["<eos>", "<s>"])
+    template = library.Tokenizer.from_str(plain.to_str())
+    template.post_processor = library.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    expected = {
+        (None, plain): [0, 2, 3],
+        (None, template): [0, 2, 3],
+        ("mamba2", plain): [2, 3],
+        ("mamba2", template): [1, 2, 3],
+        ("dualscan_hf", plain): [0, 2, 3],
+        ("dualscan_hf", template): [1, 2, 3],
+    }
+    for (family, tokenizer), ids in expected.items():
+        assert opened(HFTokenizer(tokenizer), family) == ids, family
+
+
+def test_the_tokenizer_beside_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The names that `dualscan.load` takes: a folder, or a repository, whose weights stay where they are."""
+    ByteTokenizer().save(tmp_path)
+    for name in (tmp_path, str(tmp_path), tmp_path / "byte_tokenizer.json"):
+        assert dualscan.load_tokenizer(name).encode("né") == [110, 195, 169]
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked: dict[str, Any] = {}
+
+    def snapshot(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert dualscan.load_tokenizer("someone/something", revision="v1").eos_id == 256
+    assert (asked["name"], asked["revision"]) == ("someone/something", "v1")
+    assert "*.json" in asked["allow_patterns"]
+    assert not any("safetensors" in what or "bin" in what for what in asked["allow_patterns"])
+
+
+def test_no_tokenizer(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer: expected byte_tokenizer\.json"):
+        dualscan.load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        dualscan.load_tokenizer(tmp_path / "nowhere")

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from dualscan.data.tokenizer import ByteTokenizer, HFTokenizer, load_tokenizer
+from dualscan.data.tokenizer import ByteTokenizer, HFTokenizer
+from dualscan.generate.text import load_tokenizer
 from dualscan.models import hub
 from dualscan.models.weights import CONFIG
 from dualscan.train import checkpoint
@@ -30,7 +31,7 @@ def tokenizer_of(folder: Path, name: str | None) -> ByteTokenizer | HFTokenizer:
         ValueError: neither is there.
     """
     if name is not None:
-        return load_tokenizer(name if Path(name).exists() else hub.find(name))
+        return load_tokenizer(name)
     try:
         return load_tokenizer(folder)
     except FileNotFoundError as error:

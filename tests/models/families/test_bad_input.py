@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import dualscan
 from dualscan.models import families
+from dualscan.models.weights import load_config
 from tests.models.families.cases import CASES, saved
 from tests.models.test_weights import write_config
 
@@ -236,7 +237,9 @@ def test_a_repository_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = dualscan.load("someone/something", revision="v1")
     assert torch.equal(model.embedding.weight, theirs.state_dict()["backbone.embeddings.weight"])
     assert (asked["name"], asked["revision"]) == ("someone/something", "v1")
-    assert "*.safetensors" in asked["allow_patterns"]
+    assert {"*.safetensors", "*.json"} <= set(asked["allow_patterns"])
+    assert load_config("someone/something") == model.config
+    assert not any("safetensors" in what or "bin" in what for what in asked["allow_patterns"])
 
 
 def test_no_such_repository(monkeypatch: pytest.MonkeyPatch) -> None:
