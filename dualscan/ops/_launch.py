@@ -39,19 +39,23 @@ class Launcher:
         sizes: tuple[int | float, ...],
         constants: tuple[Any, ...],
         warps: int,
+        registers: int | None = None,
     ) -> None:
-        """Launches on the current device and stream; the first tensor is never None."""
+        """Launches on the current device and stream; the first tensor is never None.
+
+        `registers` is the most that a thread may take; None leaves it to the compiler.
+        """
         assert tensors[0] is not None
         pointers = 0
         for t in tensors:
             if t is not None:
                 pointers |= t.data_ptr()
-        key = (tensors[0].get_device(), warps, constants, *[t if t is None else t.dtype for t in tensors])
+        key = (tensors[0].get_device(), warps, registers, constants, *[t if t is None else t.dtype for t in tensors])
         compiled = None if pointers % ALIGNMENT else self._compiled.get(key)
         if compiled is not None:
             compiled[grid](*tensors, *sizes, *constants)
             return
-        compiled = self.kernel[grid](*tensors, *sizes, *constants, num_warps=warps)
+        compiled = self.kernel[grid](*tensors, *sizes, *constants, num_warps=warps, maxnreg=registers)
         if compiled is not None and pointers % ALIGNMENT == 0:  # the interpreter returns nothing
             self._compiled[key] = compiled
 

@@ -10,21 +10,38 @@ class Tile:
     Attributes:
         channels: of a program, a power of two; 32 a warp give every thread one channel.
         warps: of a program.
-        rows: tokens in registers at a time.
-        kept: the backward keeps the states in front of every `kept` tiles of rows, and computes the others again.
+        rows: tokens in registers at a time; of the backward 4, 8 or 16.
+        registers: of a thread at most, where the compiler would take more than leaves room for enough warps.
+        resident: warps for every multiprocessor that sequences are cut into segments to get.
+        least: tiles of a segment at least.
         validated: date of the check against float64 on a device; None is arithmetic from the register file only.
     """
 
     channels: int
     warps: int
     rows: int = 1
-    kept: int = 1
+    registers: int | None = None
+    resident: float = 8
+    least: int = 4
     validated: str | None = None
 
+    def segment(self, warps: int, multiprocessors: int, batch: int, seqlen: int) -> int:
+        """Tokens of a segment: all of a sequence, or so few that the warps fill the multiprocessors.
 
-# Not validated on a device. Compiled for Hopper the forward takes 156 registers of a thread without spills, the
-# backward all 255 and 33 spilled words; with half the channels it takes 210, but twice the shuffles and the partial
-# sums of dB and dC. Sums over channels inside one warp need no barrier.
-FORWARD = Tile(channels=64, rows=16, warps=2)
+        Args:
+            warps: that one sequence takes.
+            multiprocessors: of the device.
+            batch: sequences of `seqlen` tokens, or 1 where they are packed.
+            seqlen: tokens.
+        """
+        share = batch * seqlen * warps / (multiprocessors * self.resident)
+        if share > seqlen / 2:  # a second scan over everything is not worth less than twice the warps
+            return max(-(-seqlen // self.rows), 1) * self.rows
+        return max(int(share) // self.rows, self.least) * self.rows
+
+
+# Not validated on a device. Compiled for Hopper the forward takes 185 registers of a thread, the backward 200, both
+# without spills inside the loop over the states: ten warps fit on a multiprocessor.
+FORWARD = Tile(channels=32, warps=1, rows=16)
+BACKWARD = Tile(channels=32, warps=1, rows=16, registers=200)
 STEP = Tile(channels=32, warps=2)
-BACKWARD = Tile(channels=64, rows=8, warps=1, kept=8)

@@ -1,16 +1,23 @@
 # ruff: noqa: RUF005 (Triton's tuples can be added, not unpacked)
-"""The selective scan on a GPU: a program walks through a sequence with a block of channels, all sums in registers.
+"""The selective scan on a GPU: a thread walks through a sequence with one channel, all its sums in registers.
 
-A tile of ROWS tokens is loaded at once, one row a token, so that a thread has all rows of its channels and the
-recurrence needs no exchange. The loop over the N states is inside: a state is read, taken through the rows and written
-back, to memory of which a program uses a few kilobytes again and again (a barrier stands between writers and readers).
-So any N runs by the same code, and registers hold only what is one number a token and channel. B and C come as (group,
-state, token), so that the rows' numbers are adjacent.
+A tile of ROWS tokens is loaded at once, so that a thread has all rows of its channel and the recurrence needs no
+exchange. The loop over the N states is inside: a state is read, taken through the rows and written back, to memory of
+which a program uses a few kilobytes again and again. So any N runs by the same code, and registers hold only what is
+one number a token and channel. B and C come packed (`triton_columns`).
 
-The backward keeps the states in front of every KEPT tiles in a first launch, and in the second those of the tiles in
-between, then takes the tiles in reverse: the states of a tile again, for one n after the other, and with them every
-gradient, as `chunked.backward` does. dB and dC are sums over channels: every program writes its own, and they are added
-up afterwards in a fixed order. There are no atomics.
+Sequences are cut into segments (`_triton.Plan`) where they alone would not fill the multiprocessors. Then a scan from
+zero states gives every segment's own contribution and the sum of its Δ, `combine_kernel` joins them, because
+
+    h(end) = exp(A ΣΔ) h(start) + (what the segment adds),
+
+and the scan runs again from the right states. The gradients of the states obey the same rule from the end to the start.
+
+The backward keeps the states in front of every tile in one launch, and takes the tiles in reverse in another: the
+states of a tile again, for one n after the other, and with them every gradient, as `chunked.backward` does. dB and dC
+are sums over channels: 2 ROWS numbers of a warp are added up at once, each lane giving half of what it holds for half
+of what its partner holds, until every lane has one sum. They are added over the programs afterwards, in a fixed order.
+There are no atomics.
 """
 
 import torch
@@ -20,260 +27,377 @@ from torch import Tensor
 
 from dualscan.ops import _triton
 from dualscan.ops._launch import Launcher
-from dualscan.ops.selective_scan.configs import BACKWARD, FORWARD, Tile
-from dualscan.ops.ssd.triton_scan import step_size
+from dualscan.ops.selective_scan import configs, triton_columns
 from dualscan.ops.triton_common import LOG2E, sigmoid, silu_slope
 
 LN2 = tl.constexpr(0.6931471805599453)
+LANES = tl.constexpr(32)
+COMBINED = 128  # channels of a program that joins segments
 _STRIDES = [f"{name}_{dim}" for name in ("x", "dt", "z", "dy") for dim in ("b", "l")]
-_SIZES = ["seqlen", "channels", "ngroups", "n_states", "segments"]
+_SIZES = ["seqlen", "channels", "ngroups", "n_states"]
 
 
 @triton.jit
-def load_rows(base, first, end, stride, inside, ROWS: tl.constexpr):
-    """The rows of ROWS tokens in float32; zeros from `end` on."""
-    rows = ()
+def softplus(x):
+    """log(1 + exp(x)), relative error 2e-7: with u = exp(-|x|) it is max(x, 0) + log1p(u), and log1p(u) / u a
+    polynomial on [0, 1], whose coefficients are those of least relative error (4.7e-9 before rounding)."""
+    u = tl.exp2(-tl.abs(x) * LOG2E)
+    p = tl.fma(u, -0.0032439807, 0.0198512617)
+    p = tl.fma(u, p, -0.0569591597)
+    p = tl.fma(u, p, 0.106036171)
+    p = tl.fma(u, p, -0.153055698)
+    p = tl.fma(u, p, 0.196759313)
+    p = tl.fma(u, p, -0.249541327)
+    p = tl.fma(u, p, 0.333299637)
+    p = tl.fma(u, p, -0.499999017)
+    p = tl.fma(u, p, 1.0)
+    return tl.fma(u, p, tl.maximum(x, 0.0))
+
+
+@triton.jit
+def load_rows(base, first, end, stride, c, inside, ROWS: tl.constexpr):
+    """The rows of ROWS tokens as they are in memory; zeros from `end` on."""
+    place, rows = base + first * stride + c, ()
     for u in tl.static_range(ROWS):
-        row = tl.load(base + (first + u) * stride, mask=inside & (first + u < end), other=0.0)
-        rows = rows + (row.to(tl.float32),)
+        rows = rows + (tl.load(place, mask=inside & (first + u < end), other=0.0),)
+        place += stride
     return rows
 
 
 @triton.jit
-def load_steps(
-    dt, x, shift, first, end, dt_l, x_l, inside, ROWS: tl.constexpr, SOFTPLUS: tl.constexpr
-):  # fmt: skip
-    """Δ, Δ x and x of ROWS tokens; those from `end` on have Δ = 0, so that they change nothing."""
-    raw, values = load_rows(dt, first, end, dt_l, inside, ROWS), load_rows(x, first, end, x_l, inside, ROWS)
-    delta, inputs = (), ()
+def step_rows(raw, shift, first, end, inside, ROWS: tl.constexpr, SOFTPLUS: tl.constexpr):
+    """Δ of ROWS tokens; it is 0 from `end` on, so that these change nothing."""
+    delta = ()
     for u in tl.static_range(ROWS):
-        size, _ = step_size(raw[u], shift, 0.0, 0.0, SOFTPLUS, False)
-        size = tl.where(inside & (first + u < end), size, 0.0)
-        delta = delta + (size,)
-        inputs = inputs + (size * values[u],)
-    return delta, inputs, values
+        size = raw[u].to(tl.float32) + shift
+        if SOFTPLUS:
+            size = softplus(size)
+        delta = delta + (tl.where(inside & (first + u < end), size, 0.0),)
+    return delta
 
 
 @triton.jit
-def load_shift(bias, c, inside, HAS_BIAS: tl.constexpr):
-    """dt_bias of a program's channels, or zeros."""
-    shift = tl.zeros(c.shape, tl.float32)
-    if HAS_BIAS:
-        shift = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
-    return shift
-
-
-@triton.jit
-def place(cu_seqlens, seqlen, channels, ngroups, PACKED: tl.constexpr, BLOCK: tl.constexpr):
-    """A program's batch row, sequence, tokens [begin, end), block, group, channels, and which of them are inside."""
-    per_group = channels // ngroups
-    blocks = tl.cdiv(per_group, BLOCK)
-    block, group = tl.program_id(0) % blocks, (tl.program_id(0) // blocks) % ngroups
-    sequence = (tl.program_id(0) // (blocks * ngroups)).to(tl.int64)
-    own = block * BLOCK + tl.arange(0, BLOCK)
-    row, begin, end = sequence, 0, seqlen
-    if PACKED:
-        row = sequence * 0
-        begin, end = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
-    return row, sequence, begin, end, block, group, group * per_group + own, own < per_group
-
-
-@triton.jit
-def advance(
-    dt, x, rates, B, C, states, kept, y, z, skip, shift, c, inside, first, end, n_states, channels, seqlen,
-    dt_l, x_l, z_l, keep,
-    ROWS: tl.constexpr, SOFTPLUS: tl.constexpr, OUTPUT: tl.constexpr, HAS_Z: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """A tile of tokens: the states after it in `states`, those before it in `kept` where `keep`, and its outputs."""
-    delta, inputs, values = load_steps(dt, x, shift, first, end, dt_l, x_l, inside, ROWS, SOFTPLUS)
-    sums = ()
+def multiply_rows(a, b, ROWS: tl.constexpr):
+    """Row by row, in float32."""
+    product = ()
     for u in tl.static_range(ROWS):
-        sums = sums + (skip * values[u],)
-    for n in range(n_states):
-        rate = tl.load(rates + n * channels + c, mask=inside, other=0.0)
-        h = tl.load(states + n * channels + c, mask=inside, other=0.0)
-        if KEEP:
-            tl.store(kept + n * channels + c, h, mask=inside & keep)
-        read = ()
-        for u in tl.static_range(ROWS):
-            b = tl.load(B + n * seqlen + first + u, mask=first + u < end, other=0.0)
-            h = tl.exp2(delta[u] * rate) * h + inputs[u] * b
-            if OUTPUT:
-                read = read + (sums[u] + tl.load(C + n * seqlen + first + u, mask=first + u < end, other=0.0) * h,)
-        if OUTPUT:
-            sums = read
-        tl.store(states + n * channels + c, h, mask=inside)
-    tl.debug_barrier()
-    if OUTPUT:
-        for u in tl.static_range(ROWS):
-            out, live = sums[u], inside & (first + u < end)
-            if HAS_Z:
-                gate = tl.load(z + (first + u) * z_l, mask=live, other=0.0).to(tl.float32)
-                out *= gate * sigmoid(gate)
-            tl.store(y + (first + u) * channels, out.to(y.dtype.element_ty), mask=live)
-
-
-@triton.jit(do_not_specialize=_STRIDES[:6] + _SIZES)
-def forward_kernel(
-    x, dt, z, rates, B, C, D, bias, cu_seqlens, states, kept, y,
-    x_b: tl.int64, x_l: tl.int64, dt_b: tl.int64, dt_l: tl.int64, z_b: tl.int64, z_l: tl.int64,
-    seqlen: tl.int32, channels: tl.int32, ngroups: tl.int32, n_states: tl.int32, segments: tl.int32,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr, SOFTPLUS: tl.constexpr, OUTPUT: tl.constexpr,
-    HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Grid `blocks of channels x groups x sequences`, in this order. With OUTPUT y and the final states in `states`,
-    without it the states in front of every KEPT tiles, in `kept` (sequence, segment, n, channel)."""
-    row, sequence, begin, end, _, group, c, inside = place(cu_seqlens, seqlen, channels, ngroups, PACKED, BLOCK)
-    wide = channels.to(tl.int64)
-    shift = load_shift(bias, c, inside, HAS_BIAS)
-    skip = tl.zeros([BLOCK], tl.float32)
-    if HAS_D:
-        skip = tl.load(D + c, mask=inside, other=0.0).to(tl.float32)
-    matrix = (row * ngroups + group) * n_states * seqlen.to(tl.int64)
-    for first in range(begin, end, ROWS):
-        segment = (first - begin) // (ROWS * KEPT)
-        advance(
-            dt + row * dt_b + c, x + row * x_b + c, rates, B + matrix, C + matrix, states + sequence * n_states * wide,
-            kept + (sequence * segments + segment) * n_states * wide, y + row * seqlen * wide + c,
-            z + row * z_b + c if HAS_Z else z, skip, shift, c, inside, first, end, n_states, wide, seqlen,
-            dt_l, x_l, z_l, segment * (ROWS * KEPT) == first - begin,
-            ROWS, SOFTPLUS, OUTPUT, HAS_Z, not OUTPUT,
-        )  # fmt: skip
+        product = product + (a[u].to(tl.float32) * b[u].to(tl.float32),)
+    return product
 
 
 @triton.jit
-def through_gate(dy, z, first, end, dy_l, z_l, inside, ROWS: tl.constexpr, HAS_Z: tl.constexpr):
+def through_gate(dy, z, ROWS: tl.constexpr, HAS_Z: tl.constexpr):
     """The gradients `ds` of the sums before the gate."""
-    ds = load_rows(dy, first, end, dy_l, inside, ROWS)
-    if HAS_Z:
-        gates, gated = load_rows(z, first, end, z_l, inside, ROWS), ()
-        for u in tl.static_range(ROWS):
-            gated = gated + (ds[u] * gates[u] * sigmoid(gates[u]),)
-        ds = gated
+    ds = ()
+    for u in tl.static_range(ROWS):
+        d = dy[u].to(tl.float32)
+        if HAS_Z:
+            gate = z[u].to(tl.float32)
+            d *= gate * sigmoid(gate)
+        ds = ds + (d,)
     return ds
 
 
 @triton.jit
-def retreat(
-    dt, x, z, dy, rates, B, C, before, g, drates, dB, dC, dx, ddt, dz, skip, shift, dskip, dshift,
-    c, inside, first, end, n_states, channels, seqlen, dt_l, x_l, z_l, dy_l,
-    ROWS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr,
-):  # fmt: skip
-    """A tile of tokens in reverse, from the states `before` it; `g` holds the gradient of the states after it, and then
-    that of those before it. Returns the sums for D and dt_bias. What only the end needs is read again there: registers
-    are what this kernel has least of."""
-    delta, inputs, _ = load_steps(dt, x, shift, first, end, dt_l, x_l, inside, ROWS, SOFTPLUS)
-    ds = through_gate(dy, z, first, end, dy_l, z_l, inside, ROWS, HAS_Z)
-    sums, dinputs, ddelta = (), (), ()
-    for _ in tl.static_range(ROWS):
-        sums = sums + (tl.zeros(c.shape, tl.float32),)
-        dinputs = dinputs + (tl.zeros(c.shape, tl.float32),)
-        ddelta = ddelta + (tl.zeros(c.shape, tl.float32),)
-    for n in range(n_states):
-        rate = tl.load(rates + n * channels + c, mask=inside, other=0.0)
-        h = tl.load(before + n * channels + c, mask=inside, other=0.0)
-        gradient = tl.load(g + n * channels + c, mask=inside, other=0.0)
-        drate = tl.load(drates + n * channels + c, mask=inside, other=0.0)
-        decays, states = (), (h,)
-        for u in tl.static_range(ROWS):
-            b = tl.load(B + n * seqlen + first + u, mask=first + u < end, other=0.0)
-            decays = decays + (tl.exp2(delta[u] * rate),)
-            h = decays[u] * h + inputs[u] * b
-            states = states + (h,)
-        new_sums, new_dinputs, new_ddelta = (), (), ()
-        for u in tl.static_range(ROWS - 1, -1, -1):
-            live = first + u < end
-            b = tl.load(B + n * seqlen + first + u, mask=live, other=0.0)
-            r = tl.load(C + n * seqlen + first + u, mask=live, other=0.0)
-            gradient += ds[u] * r
-            tl.store(dC + n * seqlen + first + u, tl.sum(ds[u] * states[u + 1], 0), mask=live)
-            tl.store(dB + n * seqlen + first + u, tl.sum(gradient * inputs[u], 0), mask=live)
-            new_sums = (sums[u] + r * states[u + 1],) + new_sums
-            new_dinputs = (dinputs[u] + gradient * b,) + new_dinputs
-            gradient *= decays[u]
-            through = gradient * states[u]
-            new_ddelta = (ddelta[u] + through * rate,) + new_ddelta
-            drate += through * delta[u]
-        sums, dinputs, ddelta = new_sums, new_dinputs, new_ddelta
-        tl.store(g + n * channels + c, gradient, mask=inside)
-        tl.store(drates + n * channels + c, drate, mask=inside)
-    tl.debug_barrier()
+def packed_rows(packed, n, WHICH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """B (WHICH 0) or C (1) of state n as ROWS vectors. All rows are in every thread's registers, and the sum over the
+    others' zeros is known to the compiler: it leaves nothing but the loads."""
+    row = tl.arange(0, ROWS)
+    line = tl.load(packed + (n * 2 + WHICH) * ROWS + row)
+    bits = tl.broadcast_to(line.to(tl.int32, bitcast=True)[:, None], [ROWS, BLOCK])
+    rows = ()
     for u in tl.static_range(ROWS):
-        live, out = inside & (first + u < end), (first + u) * channels
-        value = tl.load(x + (first + u) * x_l, mask=live, other=0.0).to(tl.float32)
-        if HAS_Z:
-            gate = tl.load(z + (first + u) * z_l, mask=live, other=0.0).to(tl.float32)
-            outer = tl.load(dy + (first + u) * dy_l, mask=live, other=0.0).to(tl.float32)
-            dgate = outer * (sums[u] + skip * value) * silu_slope(gate, sigmoid(gate))
-            tl.store(dz + out, dgate.to(dz.dtype.element_ty), mask=live)
-        tl.store(dx + out, (dinputs[u] * delta[u] + ds[u] * skip).to(dx.dtype.element_ty), mask=live)
-        dskip += ds[u] * value
-        size = dinputs[u] * value + ddelta[u] * LN2  # the rates are in powers of two
-        if SOFTPLUS:
-            raw = tl.load(dt + (first + u) * dt_l, mask=live, other=0.0).to(tl.float32)
-            size = tl.where(live, size * sigmoid(raw + shift), 0.0)
-        dshift += size
-        tl.store(ddt + out, size.to(ddt.dtype.element_ty), mask=live)
-    return dskip, dshift
+        rows = rows + (tl.sum(tl.where(row[:, None] == u, bits, 0), 0).to(tl.float32, bitcast=True),)
+    return rows
 
 
-@triton.jit(do_not_specialize=_STRIDES + _SIZES)
-def backward_kernel(
-    x, dt, z, dy, rates, B, C, D, bias, cu_seqlens, kept, states, tiles, g, dx, ddt, dz, drates, dB, dC, dD, dbias,
-    x_b: tl.int64, x_l: tl.int64, dt_b: tl.int64, dt_l: tl.int64, z_b: tl.int64, z_l: tl.int64,
-    dy_b: tl.int64, dy_l: tl.int64,
-    seqlen: tl.int32, channels: tl.int32, ngroups: tl.int32, n_states: tl.int32, segments: tl.int32,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr, SOFTPLUS: tl.constexpr,
-    HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr,
+@triton.jit
+def load_vector(base, c, inside, GIVEN: tl.constexpr):
+    """A parameter of every channel in float32; zeros without one."""
+    vector = tl.zeros(c.shape, tl.float32)
+    if GIVEN:
+        vector = tl.load(base + c, mask=inside, other=0.0).to(tl.float32)
+    return vector
+
+
+@triton.jit
+def place(segments, channels, ngroups, BLOCK: tl.constexpr):
+    """A program's segment: its number, batch row, tokens [begin, end) and first tile; its block, group and channels,
+    and which of them are inside."""
+    per_group = channels // ngroups
+    blocks = tl.cdiv(per_group, BLOCK)
+    block, group = tl.program_id(0) % blocks, (tl.program_id(0) // blocks) % ngroups
+    segment = (tl.program_id(0) // (blocks * ngroups)).to(tl.int64)
+    row = tl.load(segments + segment * 6).to(tl.int64)
+    begin, end = tl.load(segments + segment * 6 + 1), tl.load(segments + segment * 6 + 2)
+    tile = tl.load(segments + segment * 6 + 3).to(tl.int64)
+    own = block * BLOCK + tl.arange(0, BLOCK)
+    return segment, row, begin, end, tile, block, group, group * per_group + own, own < per_group
+
+
+@triton.jit(do_not_specialize=_STRIDES[:6] + _SIZES)
+def scan_kernel(
+    dt, x, z, rates, packed, D, bias, segments, states, totals, kept, kept_totals, y,
+    dt_b: tl.int64, dt_l: tl.int64, x_b: tl.int64, x_l: tl.int64, z_b: tl.int64, z_l: tl.int64,
+    seqlen: tl.int32, channels: tl.int32, ngroups: tl.int32, n_states: tl.int32,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr, TOTAL: tl.constexpr,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Grid as the forward's. `g` goes in as the gradient of the final states and comes out as that of the initial ones;
-    `tiles` (sequence, tile, n, channel) is scratch; dB, dC (block, row, group, n, token), drates, dD and dbias have a
-    part for every program along channels or sequences."""
-    row, sequence, begin, end, block, group, c, inside = place(cu_seqlens, seqlen, channels, ngroups, PACKED, BLOCK)
+    """Takes `states` (segment, n, channel) through their segments, in place. Grid `blocks x groups x segments`.
+
+    OUTPUT writes y, KEEP the states in front of every tile (tile, n, channel), TOTAL the sums of Δ: of the segments
+    (segment, channel) and, with KEEP, of what comes before a tile in its segment (tile, channel). With REVERSE,
+    `states` are the gradients of the states after the segments and become those before them; x is dy then.
+    """
+    segment, row, begin, end, tile, _, group, c, inside = place(segments, channels, ngroups, BLOCK)
     wide = channels.to(tl.int64)
-    shift = load_shift(bias, c, inside, HAS_BIAS)
-    skip, dskip, dshift = (tl.zeros([BLOCK], tl.float32),) * 3
-    if HAS_D:
-        skip = tl.load(D + c, mask=inside, other=0.0).to(tl.float32)
-    rows = row * 0 + 1 if PACKED else tl.num_programs(0) // (tl.cdiv(channels // ngroups, BLOCK) * ngroups)
-    matrix = (row * ngroups + group) * n_states * seqlen.to(tl.int64)
-    partial = ((block * rows + row) * ngroups + group) * n_states * seqlen.to(tl.int64)
-    own = sequence * n_states * wide
-    x, dt, dy = x + row * x_b + c, dt + row * dt_b + c, dy + row * dy_b + c
-    if HAS_Z:
-        z, dz = z + row * z_b + c, dz + row * seqlen * wide + c
-    dx, ddt = dx + row * seqlen * wide + c, ddt + row * seqlen * wide + c
-    LENGTH: tl.constexpr = ROWS * KEPT
-    for i in range(tl.cdiv(end - begin, LENGTH)):
-        segment = tl.cdiv(end - begin, LENGTH) - 1 - i
-        low = begin + segment * LENGTH
-        high = tl.minimum(low + LENGTH, end)
+    dt, x, y = dt + row * dt_b, x + row * x_b, y + row * seqlen * wide
+    GATE: tl.constexpr = HAS_Z and (OUTPUT or REVERSE)
+    if GATE:
+        z += row * z_b
+    states += segment * n_states * wide
+    shift, skip = load_vector(bias, c, inside, HAS_BIAS), load_vector(D, c, inside, HAS_D)
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.cdiv(end - begin, ROWS)
+    first = begin
+    if REVERSE:
+        first = begin + (count - 1) * ROWS
+    next_dt, next_x = load_rows(dt, first, end, dt_l, c, inside, ROWS), load_rows(x, first, end, x_l, c, inside, ROWS)
+    next_z = next_x
+    if GATE:
+        next_z = load_rows(z, first, end, z_l, c, inside, ROWS)
+    for i in range(count):
+        j = i
+        if REVERSE:
+            j = count - 1 - i
+        first = begin + j * ROWS
+        delta, gates = step_rows(next_dt, shift, first, end, inside, ROWS, SOFTPLUS), next_z
+        if REVERSE:
+            inputs = through_gate(next_x, gates, ROWS, GATE)
+        else:
+            inputs = multiply_rows(delta, next_x, ROWS)
+        sums = ()
+        for u in tl.static_range(ROWS):
+            sums = sums + (skip * next_x[u].to(tl.float32),)
+        # What the next tile needs is on its way while this one is computed.
+        after = first + ROWS
+        if REVERSE:
+            after = tl.maximum(first - ROWS, begin)
+        next_dt = load_rows(dt, after, end, dt_l, c, inside, ROWS)
+        next_x = load_rows(x, after, end, x_l, c, inside, ROWS)
+        next_z = next_x
+        if GATE:
+            next_z = load_rows(z, after, end, z_l, c, inside, ROWS)
+        columns = packed + ((tile + j) * ngroups + group) * n_states * (2 * ROWS)
+        if TOTAL:
+            if KEEP:
+                tl.store(kept_totals + (tile + j) * wide + c, total, mask=inside)
+            for u in tl.static_range(ROWS):
+                total += delta[u]
         for n in range(n_states):
-            start = tl.load(
-                kept + (sequence * segments + segment) * n_states * wide + n * wide + c, mask=inside, other=0.0
-            )
-            tl.store(states + own + n * wide + c, start, mask=inside)
+            rate = tl.load(rates + n * wide + c, mask=inside, other=0.0)
+            h = tl.load(states + n * wide + c, mask=inside, other=0.0)
+            if KEEP:
+                tl.store(kept + ((tile + j) * n_states + n) * wide + c, h, mask=inside)
+            if REVERSE:
+                reads = packed_rows(columns, n, 1, ROWS, BLOCK)
+                for u in tl.static_range(ROWS - 1, -1, -1):
+                    h = tl.fma(inputs[u], reads[u], h) * tl.exp2(delta[u] * rate)
+            else:
+                writes = packed_rows(columns, n, 0, ROWS, BLOCK)
+                new = ()
+                for u in tl.static_range(ROWS):
+                    h = tl.fma(tl.exp2(delta[u] * rate), h, inputs[u] * writes[u])
+                    new = new + (h,)
+                if OUTPUT:
+                    reads, read = packed_rows(columns, n, 1, ROWS, BLOCK), ()
+                    for u in tl.static_range(ROWS):
+                        read = read + (tl.fma(reads[u], new[u], sums[u]),)
+                    sums = read
+            tl.store(states + n * wide + c, h, mask=inside)
         tl.debug_barrier()
-        for first in range(low, high, ROWS):
-            tile = tiles + (sequence * KEPT + (first - low) // ROWS) * n_states * wide
-            advance(
-                dt, x, rates, B + matrix, C + matrix, states + own, tile, dx, z, skip, shift, c, inside, first, high,
-                n_states, wide, seqlen, dt_l, x_l, z_l, True,
-                ROWS, SOFTPLUS, False, HAS_Z, True,
-            )  # fmt: skip
-        for j in range(tl.cdiv(high - low, ROWS)):
-            number = tl.cdiv(high - low, ROWS) - 1 - j
-            dskip, dshift = retreat(
-                dt, x, z, dy, rates, B + matrix, C + matrix, tiles + (sequence * KEPT + number) * n_states * wide,
-                g + own, drates + own, dB + partial, dC + partial, dx, ddt, dz, skip, shift, dskip, dshift,
-                c, inside, low + number * ROWS, high, n_states, wide, seqlen, dt_l, x_l, z_l, dy_l,
-                ROWS, SOFTPLUS, HAS_Z,
-            )  # fmt: skip
-    tl.store(dD + sequence * wide + c, dskip, mask=inside)
-    tl.store(dbias + sequence * wide + c, dshift, mask=inside)
+        if OUTPUT:
+            out = y + first * wide + c
+            for u in tl.static_range(ROWS):
+                result = sums[u]
+                if HAS_Z:
+                    gate = gates[u].to(tl.float32)
+                    result *= gate * sigmoid(gate)
+                tl.store(out, result.to(y.dtype.element_ty), mask=inside & (first + u < end))
+                out += wide
+    if TOTAL:
+        tl.store(totals + segment * wide + c, total, mask=inside)
 
 
-_forward, _backward = Launcher(forward_kernel), Launcher(backward_kernel)
+@triton.jit(do_not_specialize=["channels", "n_states"])
+def combine_kernel(
+    sequences, states, totals, rates, carried,
+    channels: tl.int32, n_states: tl.int32, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Joins segments: `states` (segment, n, channel) are what each adds to the state after it, and become the state in
+    front of it; `carried` (sequence, n, channel) goes from the first to the last (REVERSE: the other way round, for the
+    gradients). Grid `blocks of channels x states x sequences`."""
+    blocks = tl.cdiv(channels, BLOCK)
+    c = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    n = (tl.program_id(0) // blocks) % n_states
+    sequence = (tl.program_id(0) // (blocks * n_states)).to(tl.int64)
+    wide, inside = channels.to(tl.int64), c < channels
+    first, count = tl.load(sequences + sequence * 2), tl.load(sequences + sequence * 2 + 1)
+    rate = tl.load(rates + n * wide + c, mask=inside, other=0.0)
+    h = tl.load(carried + (sequence * n_states + n) * wide + c, mask=inside, other=0.0)
+    for i in range(count):
+        segment = (first + i).to(tl.int64)
+        if REVERSE:
+            segment = (first + count - 1 - i).to(tl.int64)
+        own = states + (segment * n_states + n) * wide + c
+        added = tl.load(own, mask=inside, other=0.0)
+        total = tl.load(totals + segment * wide + c, mask=inside, other=0.0)
+        tl.store(own, h, mask=inside)
+        h = tl.fma(tl.exp2(rate * total), h, added)
+    tl.store(carried + (sequence * n_states + n) * wide + c, h, mask=inside)
+
+
+@triton.jit
+def fold(a, b, lane, BIT: tl.constexpr):
+    """Half of two sums: lanes without the bit BIT in their number go on with a, their partners with b."""
+    upper = (lane & BIT) != 0
+    return tl.where(upper, b, a) + tl.gather(tl.where(upper, a, b), lane ^ BIT, 0)
+
+
+@triton.jit
+def sum_lanes(values, lane, COUNT: tl.constexpr):
+    """The sums of COUNT (4, 8 or 16) vectors over 16 lanes: lane i has that of vector i % COUNT."""
+    for k in tl.static_range(4):
+        if 8 >> k < COUNT:
+            folded = ()
+            for i in tl.static_range(8 >> k):
+                folded = folded + (fold(values[i], values[i + (8 >> k)], lane, 8 >> k),)
+            values = folded
+    total = values[0]
+    for k in tl.static_range(4):
+        if 8 >> k >= COUNT:
+            total += tl.gather(total, lane ^ (8 >> k), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=_STRIDES + _SIZES + ["tiles"])
+def gradient_kernel(
+    dt, x, z, dy, rates, packed, D, bias, segments, starts, kept, kept_totals, g,
+    dx, ddt, dz, drates, partial, dD, dbias,
+    dt_b: tl.int64, dt_l: tl.int64, x_b: tl.int64, x_l: tl.int64, z_b: tl.int64, z_l: tl.int64,
+    dy_b: tl.int64, dy_l: tl.int64,
+    seqlen: tl.int32, channels: tl.int32, ngroups: tl.int32, n_states: tl.int32, tiles: tl.int32,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """A segment with 32 channels, its tiles in reverse. Grid `blocks x groups x segments`.
+
+    `g` (segment, n, channel) goes in as the gradient of the states after the segments and comes out as that of the
+    states before them. `kept` are the states in front of the tiles; with SPLIT without what `starts`, the states in
+    front of the segments, still add. dB and dC go to `partial` (block, tile, group, n, dB or dC, row); drates, dD and
+    dbias have a part for every segment; drates starts as zeros.
+    """
+    segment, row, begin, end, tile, block, group, c, inside = place(segments, channels, ngroups, LANES)
+    wide, lane = channels.to(tl.int64), tl.arange(0, LANES)
+    dt, x, dy, dx, ddt = (
+        dt + row * dt_b,
+        x + row * x_b,
+        dy + row * dy_b,
+        dx + row * seqlen * wide,
+        ddt + row * seqlen * wide,
+    )
+    if HAS_Z:
+        z, dz = z + row * z_b, dz + row * seqlen * wide
+    own = segment * n_states * wide
+    starts, g, drates = starts + own, g + own, drates + own
+    partial += block.to(tl.int64) * tiles * ngroups * n_states * (2 * ROWS)
+    shift, skip = load_vector(bias, c, inside, HAS_BIAS), load_vector(D, c, inside, HAS_D)
+    dskip, dshift = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+    count = tl.cdiv(end - begin, ROWS)
+    for i in range(count):
+        j = count - 1 - i
+        first = begin + j * ROWS
+        raw = load_rows(dt, first, end, dt_l, c, inside, ROWS)
+        values = load_rows(x, first, end, x_l, c, inside, ROWS)
+        outer = load_rows(dy, first, end, dy_l, c, inside, ROWS)
+        gates = outer
+        if HAS_Z:
+            gates = load_rows(z, first, end, z_l, c, inside, ROWS)
+        delta = step_rows(raw, shift, first, end, inside, ROWS, SOFTPLUS)
+        inputs, ds = multiply_rows(delta, values, ROWS), through_gate(outer, gates, ROWS, HAS_Z)
+        sums, dinputs, ddelta = (), (), ()
+        for _ in tl.static_range(ROWS):
+            sums = sums + (tl.zeros([LANES], tl.float32),)
+            dinputs = dinputs + (tl.zeros([LANES], tl.float32),)
+            ddelta = ddelta + (tl.zeros([LANES], tl.float32),)
+        before = tl.zeros([LANES], tl.float32)
+        if SPLIT:
+            before = tl.load(kept_totals + (tile + j) * wide + c, mask=inside, other=0.0)
+        matrix = ((tile + j) * ngroups + group) * n_states * (2 * ROWS)
+        for n in range(n_states):
+            rate = tl.load(rates + n * wide + c, mask=inside, other=0.0)
+            h = tl.load(kept + ((tile + j) * n_states + n) * wide + c, mask=inside, other=0.0)
+            gradient = tl.load(g + n * wide + c, mask=inside, other=0.0)
+            drate_before = tl.load(drates + n * wide + c, mask=inside, other=0.0)
+            writes = packed_rows(packed + matrix, n, 0, ROWS, LANES)
+            reads = packed_rows(packed + matrix, n, 1, ROWS, LANES)
+            if SPLIT:
+                h = tl.fma(tl.exp2(before * rate), tl.load(starts + n * wide + c, mask=inside, other=0.0), h)
+            decays, states = (), (h,)
+            for u in tl.static_range(ROWS):
+                decays = decays + (tl.exp2(delta[u] * rate),)
+                h = tl.fma(decays[u], h, inputs[u] * writes[u])
+                states = states + (h,)
+            drate = tl.zeros([LANES], tl.float32)
+            products, new_sums, new_dinputs, new_ddelta = (), (), (), ()
+            for u in tl.static_range(ROWS - 1, -1, -1):
+                gradient = tl.fma(ds[u], reads[u], gradient)
+                products = (fold(gradient * inputs[u], ds[u] * states[u + 1], lane, 16),) + products
+                if HAS_Z:
+                    new_sums = (tl.fma(reads[u], states[u + 1], sums[u]),) + new_sums
+                new_dinputs = (tl.fma(gradient, writes[u], dinputs[u]),) + new_dinputs
+                gradient *= decays[u]
+                through = gradient * states[u]
+                new_ddelta = (tl.fma(through, rate, ddelta[u]),) + new_ddelta
+                drate = tl.fma(through, delta[u], drate)
+            if HAS_Z:
+                sums = new_sums
+            dinputs, ddelta = new_dinputs, new_ddelta
+            tl.store(g + n * wide + c, gradient, mask=inside)
+            tl.store(drates + n * wide + c, drate_before + drate, mask=inside)
+            total = sum_lanes(products, lane, ROWS)
+            tl.store(partial + matrix + n * (2 * ROWS) + lane // 16 * ROWS + lane % ROWS, total, mask=lane % 16 < ROWS)
+        tl.debug_barrier()
+        # What only the end needs is read again: registers are what this kernel has least of.
+        values = load_rows(x, first, end, x_l, c, inside, ROWS)
+        if SOFTPLUS:
+            raw = load_rows(dt, first, end, dt_l, c, inside, ROWS)
+        if HAS_Z:
+            gates, outer = (
+                load_rows(z, first, end, z_l, c, inside, ROWS),
+                load_rows(dy, first, end, dy_l, c, inside, ROWS),
+            )
+        out = first * wide + c
+        for u in tl.static_range(ROWS):
+            live, value = inside & (first + u < end), values[u].to(tl.float32)
+            if HAS_Z:
+                gate = gates[u].to(tl.float32)
+                slope = silu_slope(gate, sigmoid(gate))
+                dgate = outer[u].to(tl.float32) * tl.fma(skip, value, sums[u]) * slope
+                tl.store(dz + out, dgate.to(dz.dtype.element_ty), mask=live)
+            tl.store(dx + out, tl.fma(dinputs[u], delta[u], ds[u] * skip).to(dx.dtype.element_ty), mask=live)
+            dskip = tl.fma(ds[u], value, dskip)
+            size = tl.fma(dinputs[u], value, ddelta[u] * LN2)  # the rates are in powers of two
+            if SOFTPLUS:
+                size = tl.where(live, size * sigmoid(raw[u].to(tl.float32) + shift), 0.0)
+            dshift += size
+            tl.store(ddt + out, size.to(ddt.dtype.element_ty), mask=live)
+            out += wide
+    tl.store(dD + segment * wide + c, dskip, mask=inside)
+    tl.store(dbias + segment * wide + c, dshift, mask=inside)
+
+
+_scan, _combine, _gradient = Launcher(scan_kernel), Launcher(combine_kernel), Launcher(gradient_kernel)
 
 
 def forward(
@@ -290,11 +414,18 @@ def forward(
     dt_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """`y` and the final states; arguments and results as in `chunked.forward`."""
-    call = _Call(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    states = call.states(initial_states)
-    call.forward(states, None, y, FORWARD)
-    return y, states.transpose(1, 2).contiguous()
+    with _triton.on_device(x):
+        call = _Call(configs.FORWARD, x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus)
+        carried = call.states(initial_states)
+        if call.plan.split:
+            starts, totals = call.segment_states(), call.totals()
+            call.scan(call.x, starts, totals=totals)
+            call.combine(starts, totals, carried)
+            call.scan(call.x, starts, y=y)
+        else:
+            call.scan(call.x, carried, y=y)
+    return y, carried.transpose(1, 2).contiguous()
 
 
 def backward(
@@ -313,44 +444,41 @@ def backward(
     dt_softplus: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of all tensors but cu_seqlens, in their order; an empty tensor for an argument that was None."""
-    call, tile = _Call(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus), BACKWARD
-    device, (channels, d_state), nseq = x.device, A.shape, call.nseq
     dy = torch.zeros_like(x) if dy is None else _triton.rows_last(dy)
-    wide = {"dtype": torch.float32, "device": device}
-    kept = torch.empty(nseq, call.segments(tile), d_state, channels, **wide)
-    call.forward(call.states(initial_states), kept, None, tile)
-    g, drates = call.states(dfinal), torch.zeros(nseq, d_state, channels, **wide)
-    tiles, states = torch.empty(nseq, tile.kept, d_state, channels, **wide), torch.empty_like(g)
-    dx, ddt = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (x, dt))
-    dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=device)
-    dB, dC = (torch.empty(call.blocks(tile), *call.B.shape, **wide) for _ in range(2))
-    dD, dbias = (torch.empty(nseq, channels, **wide) for _ in range(2))
-    if call.grid(tile)[0]:
-        with _triton.on_device(x):
-            _backward(
-                call.grid(tile),
-                (*(call.x, call.dt, call.z, dy, call.rates, call.B, call.C, D, dt_bias, cu_seqlens),
-                 *(kept, states, tiles, g, dx, ddt, dz, drates, dB, dC, dD, dbias)),
-                (*call.strides, dy.stride(0), dy.stride(1), *call.sizes(tile)),
-                (tile.channels, tile.rows, tile.kept, dt_softplus, *call.given),
-                tile.warps,
-            )  # fmt: skip
-    dB, dC = (t.sum(0).permute(0, 3, 1, 2).to(B.dtype).contiguous() for t in (dB, dC))
-    dA = drates.sum(0).t().to(A.dtype).contiguous()
+    gradients = [torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in (x, dt, B, C)]
+    dx, ddt, dB, dC = gradients
+    dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=x.device)
+    with _triton.on_device(x):
+        call = _Call(configs.BACKWARD, x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus)
+        carried, g = call.states(initial_states), call.states(dfinal)
+        dinitial = g
+        kept, totals, kept_totals = call.kept(), None, None
+        starts = carried
+        if call.plan.split:
+            starts, totals, kept_totals = call.segment_states(), call.totals(), call.kept_totals()
+        call.scan(call.x, starts, totals=totals, kept=kept, kept_totals=kept_totals)
+        if totals is not None:
+            call.combine(starts, totals, carried)
+            g = call.segment_states()
+            call.scan(dy, g, reverse=True)
+            call.combine(g, totals, dinitial, reverse=True)
+        drates, dD, dbias, partial = call.gradient(dy, starts, kept, kept_totals, g, dx, ddt, dz)
+        triton_columns.unpack(partial, call.plan, dB, dC)
     return (
-        *(dx, ddt, dA, dB, dC),
+        *(dx, ddt, drates.sum(0).t().to(A.dtype).contiguous(), dB, dC),
         x.new_empty(0) if D is None else dD.sum(0).to(D.dtype),
         x.new_empty(0) if dz is None else dz,
         x.new_empty(0) if dt_bias is None else dbias.sum(0).to(dt_bias.dtype),
-        x.new_empty(0) if initial_states is None else g.transpose(1, 2).to(initial_states.dtype).contiguous(),
+        x.new_empty(0) if initial_states is None else dinitial.transpose(1, 2).to(initial_states.dtype).contiguous(),
     )
 
 
 class _Call:
-    """What both passes hand to their kernels; the small matrices A, B and C are brought into the kernels' order."""
+    """What all launches of a pass have in common; A, B and C are brought into the kernels' order."""
 
     def __init__(
         self,
+        tile: configs.Tile,
         x: Tensor,
         dt: Tensor,
         A: Tensor,
@@ -362,49 +490,109 @@ class _Call:
         cu_seqlens: Tensor | None,
         dt_softplus: bool,
     ):
+        (batch, seqlen, channels), self.ngroups, self.d_state = x.shape, B.shape[2], A.shape[1]
+        self.tile, self.D, self.dt_bias, self.dt_softplus = tile, D, dt_bias, dt_softplus
         self.x, self.dt = _triton.rows_last(x), _triton.rows_last(dt)
         self.z = None if z is None else _triton.rows_last(z)
-        self.D, self.dt_bias, self.cu_seqlens, self.dt_softplus = D, dt_bias, cu_seqlens, dt_softplus
+        self.nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.blocks = _triton.cdiv(channels // self.ngroups, tile.channels)
+        warps = self.blocks * self.ngroups * tile.warps
+        segment = tile.segment(warps, _triton.multiprocessors(x.device), batch, seqlen)
+        self.plan = _triton.plan(cu_seqlens, batch, seqlen, tile.rows, segment, x.device)
         self.rates = (A.float() * LOG2E.value).t().contiguous()
-        self.B, self.C = (t.float().permute(0, 2, 3, 1).contiguous() for t in (B, C))
-        self.nseq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.ngroups = B.shape[2]
-        gate = (0, 0) if self.z is None else self.z.stride()[:2]
-        self.strides = (*self.x.stride()[:2], *self.dt.stride()[:2], *gate)
-        self.given = (z is not None, D is not None, dt_bias is not None, cu_seqlens is not None)
+        self.packed = triton_columns.pack(B, C, self.plan, tile.rows)
+        self.nsegments, self.tiles = self.plan.segments.shape[0], self.plan.chunks.shape[0]
+        self.given = (dt_softplus, z is not None, D is not None, dt_bias is not None)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=self.x.device)
 
     def states(self, initial: Tensor | None) -> Tensor:
         """States (sequence, n, channel) in fresh memory, which kernels change in place; None is zero."""
-        d_state, channels = self.rates.shape
-        states = torch.zeros(self.nseq, d_state, channels, dtype=torch.float32, device=self.x.device)
-        return states if initial is None else states.copy_(initial.transpose(1, 2))
+        states = self._empty(self.nseq, self.d_state, self.x.shape[2])
+        return states.zero_() if initial is None else states.copy_(initial.transpose(1, 2))
 
-    def blocks(self, tile: Tile) -> int:
-        """Programs along the channels of a group."""
-        return _triton.cdiv(self.x.shape[2] // self.ngroups, tile.channels)
+    def segment_states(self) -> Tensor:
+        """Zeros (segment, n, channel)."""
+        return self._empty(self.nsegments, self.d_state, self.x.shape[2]).zero_()
 
-    def segments(self, tile: Tile) -> int:
-        """Segments of the longest sequence that there can be."""
-        return max(_triton.cdiv(self.x.shape[1], tile.rows * tile.kept), 1)
+    def totals(self) -> Tensor:
+        """Memory for the sums of Δ (segment, channel)."""
+        return self._empty(self.nsegments, self.x.shape[2])
 
-    def grid(self, tile: Tile) -> tuple[int, int, int]:
-        """All programs in one dimension, which has room for them."""
-        return self.blocks(tile) * self.ngroups * self.nseq, 1, 1
+    def kept(self) -> Tensor:
+        """Memory for the states in front of all tiles (tile, n, channel)."""
+        return self._empty(self.tiles, self.d_state, self.x.shape[2])
 
-    def sizes(self, tile: Tile) -> tuple[int, ...]:
-        """The kernels' last integers."""
-        return self.x.shape[1], self.x.shape[2], self.ngroups, self.rates.shape[0], self.segments(tile)
+    def kept_totals(self) -> Tensor:
+        """Memory for the sums of Δ in front of all tiles (tile, channel)."""
+        return self._empty(self.tiles, self.x.shape[2])
 
-    def forward(self, states: Tensor, kept: Tensor | None, y: Tensor | None, tile: Tile) -> None:
-        """From the initial `states` to the final ones, with either `y` or the states that are kept."""
-        if not self.grid(tile)[0]:
+    def scan(
+        self,
+        values: Tensor,
+        states: Tensor,
+        *,
+        y: Tensor | None = None,
+        totals: Tensor | None = None,
+        kept: Tensor | None = None,
+        kept_totals: Tensor | None = None,
+        reverse: bool = False,
+    ) -> None:
+        """`scan_kernel` on `states`, for those of the results that are given; `values` is x, or dy for the reverse."""
+        if not values.numel():
             return
-        with _triton.on_device(self.x):
-            _forward(
-                self.grid(tile),
-                (*(self.x, self.dt, self.z, self.rates, self.B, self.C, self.D, self.dt_bias, self.cu_seqlens, states),
-                 *(states if kept is None else kept, states if y is None else y)),
-                (*self.strides, *self.sizes(tile)),
-                (tile.channels, tile.rows, tile.kept, self.dt_softplus, y is not None, *self.given),
-                tile.warps,
+        _scan(
+            (self.blocks * self.ngroups * self.nsegments, 1, 1),
+            (*(self.dt, values, self.z, self.rates, self.packed, self.D, self.dt_bias, self.plan.segments, states),
+             *(states if t is None else t for t in (totals, kept, kept_totals, y))),
+            (*self._strides(values), *self._sizes()),
+            (self.tile.channels, self.tile.rows, *(t is not None for t in (y, kept, totals)), reverse, *self.given),
+            self.tile.warps,
+            self.tile.registers,
+        )  # fmt: skip
+
+    def combine(self, states: Tensor, totals: Tensor, carried: Tensor, reverse: bool = False) -> None:
+        """`combine_kernel`: `states` become those in front of the segments, `carried` goes through all."""
+        if not self.x.numel():
+            return
+        channels = self.x.shape[2]
+        grid = (_triton.cdiv(channels, COMBINED) * self.d_state * self.nseq, 1, 1)
+        tensors = (self.plan.sequences, states, totals, self.rates, carried)
+        _combine(grid, tensors, (channels, self.d_state), (COMBINED, reverse), 1)
+
+    def gradient(
+        self,
+        dy: Tensor,
+        starts: Tensor,
+        kept: Tensor,
+        kept_totals: Tensor | None,
+        g: Tensor,
+        dx: Tensor,
+        ddt: Tensor,
+        dz: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`gradient_kernel`: fills dx, ddt and dz, and returns the parts of dA, of dD, of dt_bias' and of dB and dC."""
+        channels, rows = self.x.shape[2], self.tile.rows
+        drates = self.segment_states()
+        dD, dbias = self._empty(2, self.nsegments, channels).zero_()
+        partial = self._empty(self.blocks, self.tiles, self.ngroups, self.d_state, 2, rows)
+        if self.x.numel():
+            _gradient(
+                (self.blocks * self.ngroups * self.nsegments, 1, 1),
+                (*(self.dt, self.x, self.z, dy, self.rates, self.packed, self.D, self.dt_bias, self.plan.segments),
+                 *(starts, kept, starts if kept_totals is None else kept_totals, g, dx, ddt, dz),
+                 *(drates, partial, dD, dbias)),
+                (*self._strides(self.x), dy.stride(0), dy.stride(1), *self._sizes(), self.tiles),
+                (rows, kept_totals is not None, *self.given),
+                1,
+                self.tile.registers,
             )  # fmt: skip
+        return drates, dD, dbias, partial
+
+    def _strides(self, values: Tensor) -> tuple[int, ...]:
+        gate = (0, 0) if self.z is None else self.z.stride()[:2]
+        return (*self.dt.stride()[:2], *values.stride()[:2], *gate)
+
+    def _sizes(self) -> tuple[int, ...]:
+        return self.x.shape[1], self.x.shape[2], self.ngroups, self.d_state

@@ -33,15 +33,13 @@ RUNS = [(name, torch.float32) for name in CORNERS]
 RUNS += [(name, dtype) for dtype in (torch.float16, torch.bfloat16)[: 1 + CUDA] for name in (CORNERS if CUDA else FEW)]
 
 
-@pytest.fixture(params=["cut", "whole"] if CUDA else ["cut"], autouse=True)
-def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of a few tokens and channels, so that small inputs have edges inside; or as they are."""
-    pytest.importorskip("triton")
-    from dualscan.ops.selective_scan import triton_scan
-
-    if request.param == "cut":
-        monkeypatch.setattr(triton_scan, "FORWARD", replace(configs.FORWARD, channels=4, rows=4))
-        monkeypatch.setattr(triton_scan, "BACKWARD", replace(configs.BACKWARD, channels=4, rows=4, kept=2))
+@pytest.fixture(params=["whole", "split"], autouse=True)
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences whole or in segments of one tile; in the interpreter with few tokens a tile, for its time's sake."""
+    rows = {} if CUDA else {"rows": 4}
+    split = {"resident": 10**9, "least": 1} if request.param == "split" else {"resident": 0.001}
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(configs, name, replace(getattr(configs, name), **rows, **split))
 
 
 def on_device(problem: Problem) -> Problem:
@@ -54,7 +52,9 @@ def on_device(problem: Problem) -> Problem:
 
 def compare(problem: Problem, dtype: torch.dtype) -> None:
     oracle = evaluate(problem.double(), impl="recurrent")
-    yardstick = evaluate(problem, impl="recurrent")
+    # A gradient of one number may be right by luck, which is nothing to measure others by.
+    lone = any(t.numel() == 1 for t in oracle.values())
+    yardstick = None if lone else evaluate(problem, impl="recurrent")
     result = {name: t.cpu() for name, t in evaluate(on_device(problem), impl="triton").items()}
     assert_matches(result, oracle, dtype=dtype, yardstick=yardstick)
 
