@@ -93,6 +93,11 @@ def device_name(device: str = "cpu") -> str:
     return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
 
 
+def short_device_name(device: str = "cpu") -> str:
+    """The device in the name of a result file, such as "h200"."""
+    return "cpu" if device == "cpu" else torch.cuda.get_device_name().lower().replace("nvidia ", "").split()[0]
+
+
 def record(job: str, shape: str, pass_: str, impl: str, **values: Any) -> dict[str, Any]:
     """One flat record; the keys are described in docs/architecture.md."""
     return {

@@ -81,6 +81,11 @@ class TrainStep:
         """
         self._graph = GradientGraph(self._gradients, self.model, [_move(batch, self._device) for batch in batches])
 
+    def forget(self) -> None:
+        """Drops the graph and its memory; later calls compute their gradients as before."""
+        self._graph = None
+        self.optimizer.zero_grad()
+
     def __call__(self, batches: Sequence[Batch]) -> Reading:
         """One step over micro-batches, which count by their number of targets.
 

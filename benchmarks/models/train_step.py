@@ -1,0 +1,254 @@
+"""Job `train_step`: a whole optimizer step of Mamba-2 language models, against `mamba_ssm`'s with the same weights.
+
+Forward, backward, clipping and fused AdamW as `dualscan.train` runs them: bfloat16 autocast, float32 weights, one GPU.
+The rival's model goes through the same step with the same optimizer and PyTorch's loss. A step has the same number of
+tokens at every length of context.
+
+Model FLOP utilisation (MFU) counts what `models/accounting.py` counts for training: 6 FLOPs a weight and token for the
+matrix products, logits included, and SSD by its own formulas in chunks of 64; nothing that a memory setting computes
+again. `mfu` is against the peak of the data sheet (989 TFLOP/s, dense bfloat16 on an H100 or H200), `of_product`
+against a bfloat16 product of 8192 x 8192 x 8192 in the same run.
+
+Variants are joined by +: plain, activations and block (what the backward computes again), graph (gradients as a CUDA
+graph), compile (blocks through torch.compile). `dualscan bench train_step --save`.
+"""
+
+import argparse
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from benchmarks import common
+from benchmarks.models import rivals
+from benchmarks.ops.ssd import ceilings
+from dualscan.data.loader import Batch
+from dualscan.models.accounting import training_flops_per_sequence
+from dualscan.models.config import ModelConfig
+from dualscan.models.lm import MambaLM
+from dualscan.models.presets import PRESETS, preset
+from dualscan.nn.block import set_recompute
+from dualscan.train.evaluate import total_nll
+from dualscan.train.optim import adamw
+from dualscan.train.runtime import ComputePrecision
+from dualscan.train.step import TrainStep
+
+JOB = "train_step"
+RIVAL = "mamba_ssm"
+MODELS = ("mamba2_130m", "mamba2_370m", "mamba2_1_3b")
+CONTEXTS = (2048, 4096, 8192, 16384, 32768)
+VARIANTS = ("plain", "activations", "block", "graph", "graph+activations")
+PARTS = {"plain", "activations", "block", "graph", "compile"}
+PEAK = 989e12
+BF16 = ComputePrecision(torch.bfloat16, "as measured")
+
+
+def batches(config: ModelConfig, tokens: int, context: int) -> Iterator[list[Batch]]:
+    """Endless steps of one micro-batch each, of random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    rows = max(1, tokens // context)
+    while True:
+        drawn = torch.randint(config.vocab_size, (rows, context + 1), generator=generator)
+        yield [Batch(drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous(), None)]
+
+
+def step_of(model: Any) -> TrainStep:
+    """The step of a model with an optimizer of its own."""
+    optimizer = adamw(model, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    return TrainStep(model, optimizer, precision=BF16, grad_clip=1.0)
+
+
+@contextmanager
+def variant(model: MambaLM, run: TrainStep, name: str, example: list[Batch]) -> Iterator[None]:
+    """Inside, the model trains in that way."""
+    parts = set(name.split("+"))
+    try:
+        set_recompute(model, "block" if "block" in parts else "activations" if "activations" in parts else "none")
+        if "compile" in parts:
+            for block in model.layers:
+                block.compile(fullgraph=True)
+        if "graph" in parts:
+            run.record(example)
+        yield
+    finally:
+        run.forget()
+        set_recompute(model, "none")
+        for block in model.layers:
+            block._compiled_call_impl = None
+
+
+def timed(run: TrainStep, stream: Iterator[list[Batch]], steps: int) -> float:
+    """Seconds a step, of steps that follow one another as in training: the host may be ahead of the GPU."""
+    run(next(stream)).values()
+    start = time.perf_counter()
+    for _ in range(steps):
+        reading = run(next(stream))
+    reading.values()
+    common.synchronize()
+    return (time.perf_counter() - start) / steps
+
+
+def free() -> None:
+    """Gives memory back, so that what comes next does not split the blocks of what was."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def words(values: dict[str, Any]) -> str:
+    """A record as one line."""
+    forms = {
+        "call_ms": "{:.1f} ms",
+        "tokens_per_s": "{:,.0f} tokens/s",
+        "mfu": "MFU {:.1%}",
+        "of_product": "{:.1%} of a product",
+        "ratio": "{:.2f}x the rival",
+        "peak_mib": "{:,.0f} MiB",
+        "loss": "loss {:.3f}",
+        "path": "{}",
+        "failed": "failed: {}",
+    }
+    return ", ".join(form.format(values[key]) for key, form in forms.items() if key in values)
+
+
+class Job:
+    """The measurements of one model.
+
+    Args:
+        config: its sizes.
+        device: "cuda" or "cpu".
+        args: tokens, steps, rounds.
+        product: FLOPs a second of a large matrix product; None on a CPU.
+    """
+
+    def __init__(self, config: ModelConfig, device: str, args: argparse.Namespace, product: float | None) -> None:
+        self.config, self.device, self.args, self.product = config, device, args, product
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.model = MambaLM(config)
+        self.steps = {"dualscan": step_of(self.model)}
+        if rivals.available():
+            self.steps[RIVAL] = step_of(rivals.Model(self.model))
+
+    def difference(self, context: int) -> float:
+        """How far the mean loss of the rival, with the same weights, is from ours: before either has trained."""
+        batch = next(batches(self.config, context, context))[0]
+        with torch.no_grad():
+            ours, other = (total_nll(run.model, batch, BF16).item() for run in self.steps.values())
+        return abs(ours - other) / batch.tokens.numel()
+
+    def measure(self, name: str, context: int, variants: list[str]) -> list[dict[str, Any]]:
+        """All variants at one length of context: memory of each alone, then time in turns."""
+        stream = batches(self.config, self.args.tokens, context)
+        example = next(stream)
+        runs: dict[str, dict[str, Any]] = {}
+        for kind in [*variants, RIVAL] if RIVAL in self.steps else variants:
+            runs[kind] = self._alone(kind, example)
+        ready = [kind for kind, values in runs.items() if "loss" in values]
+        times: dict[str, list[float]] = {kind: [] for kind in ready}
+        for _, kind in itertools.product(range(self.args.rounds), ready):
+            times[kind].append(self._turn(kind, example, stream))
+        size = example[0].tokens.numel()
+        flops = training_flops_per_sequence(self.config, context, batch=size // context)
+        records = []
+        for kind, values in runs.items():
+            shape, impl = f"{name} {size // context}x{context}", RIVAL if kind == RIVAL else f"dualscan {kind}"
+            if kind in times:
+                seconds = statistics.median(times[kind])
+                values |= {"call_ms": 1e3 * seconds, "tokens_per_s": size / seconds, "flops": flops}
+                if self.product is not None:
+                    values |= {"mfu": flops / seconds / PEAK, "of_product": flops / seconds / self.product}
+                    values |= {"peak_flops": PEAK, "product_flops": self.product}
+                if RIVAL in times:
+                    values["ratio"] = statistics.median(times[RIVAL]) / seconds
+            if kind == RIVAL:
+                values["path"] = rivals.path()
+            records.append(common.record(JOB, shape, "step", impl, **values))
+            print(f"{shape} {impl}: {words(values)}", flush=True)
+        return records
+
+    def _alone(self, kind: str, example: list[Batch]) -> dict[str, Any]:
+        """Loss and peak memory of a variant, without anything beside it; the first step compiles."""
+        values: dict[str, Any] = {}
+        try:
+            with self._ready(kind, example) as run:
+                values["loss"] = run(example).values()[0]
+                if self.device == "cuda":
+                    run.forget()
+                    free()
+                    torch.cuda.reset_peak_memory_stats()
+                    if "graph" in kind:
+                        run.record(example)
+                    run(example).values()
+                    values["peak_mib"] = (torch.cuda.max_memory_allocated() - self._others(run)) / 2**20
+        except Exception as problem:  # what does not run or fit is a finding; the others go on
+            values = {"failed": str(problem).splitlines()[0][:160]}
+        free()
+        return values
+
+    def _turn(self, kind: str, example: list[Batch], stream: Iterator[list[Batch]]) -> float:
+        with self._ready(kind, example) as run:
+            seconds = timed(run, stream, self.args.steps)
+        free()
+        return seconds
+
+    @contextmanager
+    def _ready(self, kind: str, example: list[Batch]) -> Iterator[TrainStep]:
+        """The step of a variant or of the rival."""
+        run = self.steps[RIVAL if kind == RIVAL else "dualscan"]
+        if kind == RIVAL:
+            yield run
+            run.forget()
+            return
+        with variant(self.model, run, kind, example):
+            yield run
+
+    def _others(self, run: TrainStep) -> int:
+        """Bytes of the other model with its optimizer."""
+        total = 0
+        for other in self.steps.values():
+            if other is not run:
+                total += sum(p.nbytes for p in other.model.parameters())
+                total += sum(t.nbytes for s in other.optimizer.state.values() for t in s.values())
+        return total
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job; with --save writes `results/train_step-<device>.json` after every length of context."""
+    parser = argparse.ArgumentParser(prog=f"dualscan bench {JOB}", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(PRESETS), help="presets")
+    parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens of context")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens a step, or one context if that is more")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="ways to train, see above")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every variant")
+    parser.add_argument("--steps", type=int, default=4, help="steps a turn")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="a CPU only shows that the job runs")
+    parser.add_argument("--save", action="store_true", help="write the result file that the pages are made from")
+    args = parser.parse_args(argv)
+    for name in args.variants:
+        if unknown := set(name.split("+")) - PARTS:
+            parser.error(f"--variants {name}: unknown {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print(f"the job {JOB} needs an NVIDIA GPU; --device cpu --models tiny --contexts 64 shows that it runs")
+        return 1
+    product = ceilings()[1] if args.device == "cuda" else None
+    if product is not None:
+        print(f"bfloat16 product {product / 1e12:.0f} TFLOP/s;", end=" ")
+    print("rival:", f"mamba_ssm, {rivals.path()}" if rivals.available() else "mamba_ssm is not installed")
+    records: list[dict[str, Any]] = []
+    for name in args.models:
+        job = Job(preset(name), args.device, args, product)
+        if RIVAL in job.steps:
+            print(f"{name}: the rival's loss with the same weights differs by {job.difference(args.contexts[0]):.1e}")
+        for context in args.contexts:
+            records += job.measure(name, context, args.variants)
+            if args.save:
+                common.write(JOB, common.short_device_name(args.device), records)
+        del job
+        free()
+    return 0
