@@ -21,6 +21,7 @@ parameters, and its scan takes 2 · 2 e N FLOPs a token, over a sequence and in 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from dualscan.models.layers import block, blocks
 from dualscan.nn.attention import Attention
 from dualscan.nn.hybrid.moe import MoE
 from dualscan.nn.mamba import StepSizeProjection
+from dualscan.ops._recompute import Recompute, check_recompute
 from dualscan.ops.selective_scan.library import backward_flops as scan_backward_flops
 from dualscan.ops.selective_scan.library import forward_flops as scan_forward_flops
 from dualscan.ops.sma.features import feature_size
@@ -131,6 +133,64 @@ def training_flops_per_sequence(config: ModelConfig, seqlen: int, *, batch: int 
             scan = batch, seqlen, config.d_inner, config.d_state
             total += scan_backward_flops(*scan) - 2 * scan_forward_flops(*scan)
     return total
+
+
+class TrainingMemory(NamedTuple):
+    """What a setting of `recompute` costs.
+
+    Attributes:
+        kept: bytes that the layers' forward leaves in memory for the backward.
+        flops: FLOPs that the backward does again.
+    """
+
+    kept: int
+    flops: int
+
+
+def training_memory(
+    config: ModelConfig, *, tokens: int, recompute: Recompute = "none", matrix_bytes: int = 2
+) -> TrainingMemory:
+    """What the Mamba-2 layers of a model keep for the backward, and compute again in it.
+
+    With c = e + 2GN the channels of the convolution and m bytes an element of the matrix products, a layer keeps for
+    every token
+
+        "none"          4 d + m (d + (e + c + H) + c + 2 e)    the inputs of norms, products, convolution and SSD
+        "activations"   4 d + m ((e + c + H) + e)              the residual stream, what in_proj and SSD gave
+        "block"         4 d                                    the residual stream
+
+    and once, except for "block", the matrices in the dtype of the products where that is not float32. "activations"
+    computes norms and convolution again, "block" everything before out_proj; elementwise work is not counted as FLOPs.
+
+    Args:
+        config: the model; layers other than Mamba-2 are not counted.
+        tokens: in a micro-batch.
+        recompute: as in `Mamba2`.
+        matrix_bytes: 2 under bfloat16 autocast, 4 in float32.
+
+    Returns:
+        `TrainingMemory` of plain layers by the kernels for NVIDIA GPUs; the forms for CPUs keep 20
+        bytes a token and head besides. The embedding, the loss, parameters, gradients and the optimizer are not in it.
+
+    Example:
+        >>> from dualscan.models.presets import preset
+        >>> plain, less = (
+        ...     training_memory(preset("mamba2_130m"), tokens=16384, recompute=r) for r in ("none", "activations")
+        ... )
+        >>> round(plain.kept / 2**30, 1), round(less.kept / 2**30, 1)
+        (7.9, 4.9)
+    """
+    layers = config.layer_types.count("mamba2")
+    d, e, conv = config.d_model, config.d_inner, _conv_channels(config, "mamba2")
+    weights = _matrix_weights(config, "mamba2")
+    projected = e + conv + config.nheads
+    kept = {"none": d + projected + conv + e + e, "activations": projected + e, "block": 0}[check_recompute(recompute)]
+    casts = matrix_bytes * weights if recompute != "block" and matrix_bytes != 4 else 0
+    flops = {"none": 0, "activations": _conv_flops(config, "mamba2", tokens)}
+    if recompute == "block":
+        ssd = forward_flops(*_ssd_sizes(config, 1, tokens))
+        flops["block"] = 2 * (weights - d * e) * tokens + flops["activations"] + ssd
+    return TrainingMemory(layers * (tokens * (4 * d + matrix_bytes * kept) + casts), layers * flops[recompute])
 
 
 def step_flops(config: ModelConfig, *, context: int = 0, batch: int = 1) -> int:

@@ -5,15 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualscan.models import accounting
 from dualscan.models.config import ModelConfig
+from dualscan.models.layers import blocks
 from dualscan.models.lm import MambaLM
 from dualscan.models.presets import PRESETS, preset
+from dualscan.nn.block import set_recompute
 from tests.models.test_config import PUBLISHED
+from tests.nn.test_recompute import Alive
 
 # What PyTorch's counter lacks or counts otherwise: products in place, and the norms, which are elementwise.
 ADJUSTED = {
@@ -141,3 +144,56 @@ def test_state_bytes(pattern: str, dtype: torch.dtype) -> None:
         held = sum(t.nbytes for t in tensors(state) if t.is_floating_point())
         counted = accounting.state_bytes(model.config, batch=batch, context=context, activation_bytes=dtype.itemsize)
         assert held == counted
+
+
+RECOMPUTE = ("none", "activations", "block")
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_what_training_keeps_is_what_memory_shows(recompute: Any, autocast: bool) -> None:
+    """Every byte that more tokens cost, of which 20 a head are those of the forms for CPUs."""
+    config = ModelConfig(pattern="MM", **SIZES)
+    stack = nn.ModuleList(blocks(config))
+    set_recompute(stack, recompute)
+    heads = 0 if recompute == "block" else config.n_layers * config.nheads
+
+    def kept(tokens: int) -> int:
+        h = torch.randn(1, tokens, 32, requires_grad=True)
+        with Alive() as alive, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = h
+            for block in stack:
+                y, _ = block(y)
+        # The first residual stream is a layer's input, and the last one is not.
+        return alive.bytes() + h.nbytes - y.nbytes - 20 * heads * tokens
+
+    def predicted(tokens: int) -> int:
+        cost = accounting.training_memory(config, tokens=tokens, recompute=recompute, matrix_bytes=2 if autocast else 4)
+        return cost.kept
+
+    assert kept(128) - kept(64) == predicted(128) - predicted(64)
+    once = 2 * 2 * sum(p.numel() for name, p in stack[0].named_parameters() if "proj" in name)
+    assert predicted(0) == (once if autocast and recompute != "block" else 0)
+
+
+def test_what_training_computes_again() -> None:
+    """FLOPs of forward and backward, against those of the run that keeps everything."""
+    config = ModelConfig(pattern="MM", **SIZES)
+    stack = nn.ModuleList(blocks(config))
+    counted = {}
+    for recompute in RECOMPUTE:
+        set_recompute(stack, recompute)
+        y = torch.randn(1, 40, 32)
+        with FlopCounterMode(display=False, custom_mapping=ADJUSTED) as counter:
+            for block in stack:
+                y, _ = block(y)
+            y.sum().backward()
+        counted[recompute] = counter.get_total_flops()
+    for recompute in RECOMPUTE[1:]:
+        cost = accounting.training_memory(config, tokens=40, recompute=recompute)
+        assert counted[recompute] - counted["none"] == cost.flops
+
+
+def test_training_memory_knows_its_settings() -> None:
+    with pytest.raises(ValueError, match="recompute='all' is unknown"):
+        accounting.training_memory(preset("tiny"), tokens=1, recompute="all")
