@@ -19,7 +19,7 @@ W from the same float32 products, so that what must cancel in the suffix sum can
 nothing decays. The shorter y · dy - x · dx of stored low-precision tensors would lose it.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,7 +28,12 @@ from torch import Tensor
 
 from dualscan.ops import _triton
 from dualscan.ops.ssd import configs, triton_hopper
-from dualscan.ops.ssd.triton_scan import LOWEST, Call, load_tile, step_size
+from dualscan.ops.ssd.triton_scan import LOWEST, RESIDENT, Call, load_tile, step_size
+
+# Bytes of chunk states that the backward keeps at once, if that costs no time; and the step of its slices of heads:
+# 16 bytes of the narrowest dtype.
+SCRATCH = 2**28
+HEADS_STEP = 8
 
 
 @triton.jit
@@ -37,13 +42,13 @@ def gradient_kernel(
     value_b, value_l, value_h, other_b, other_l, other_h, query_b, query_l, query_h, key_b, key_l, key_h,
     out_part, out_b, out_l, out_h, nheads, heads_per_group, heads_per_program, headdim, d_state, padded,
     Q: tl.constexpr, N: tl.constexpr, NT: tl.constexpr, P: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr, REVERSE: tl.constexpr, VECTOR_D: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, ADD: tl.constexpr, REVERSE: tl.constexpr, VECTOR_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one chunk, `heads_per_program` heads of one group, N of the NT state columns.
 
-    Grid `(chunks, groups * parts, NT // N)`. dC from dY, X, C, B, S; with REVERSE dB from X, dY, B, C, G. Sums over
-    parts are left to the caller; those over the blocks of columns in `rows_out` and `inner_out` (block, head, token) to
-    `decay_gradient_kernel`.
+    Grid `(chunks, groups * parts, NT // N)`. dC from dY, X, C, B, S; with REVERSE dB from X, dY, B, C, G. ADD adds to
+    what is there. Sums over parts are left to the caller; those over the blocks of columns in `rows_out` and
+    `inner_out` (block, head, token) to `decay_gradient_kernel`.
     """
     c, part_lane, n_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts = heads_per_group // heads_per_program
@@ -121,8 +126,11 @@ def gradient_kernel(
         # The rounding of the sum over heads: once a program, it costs nothing to keep.
         total = tl.dot((dweights - high.to(tl.float32)).to(k.dtype), k, total, input_precision=PRECISION)
     place = part.to(tl.int64) * out_part + batch.to(tl.int64) * out_b + group * out_h + row.to(tl.int64) * out_l
+    place = out + place + q[:, None] * out_l + n_first + n[None, :]
     within = (row + q < end)[:, None] & (n_first + n < d_state)[None, :]
-    tl.store(out + place + q[:, None] * out_l + n_first + n[None, :], total.to(out.dtype.element_ty), mask=within)
+    if ADD:
+        total += tl.load(place, mask=within, other=0.0)
+    tl.store(place, total.to(out.dtype.element_ty), mask=within)
 
 
 @triton.jit
@@ -252,33 +260,122 @@ def backward(
     with _triton.on_device(x):
         x, B, C = (_triton.rows_last(t) for t in (x, B, C))
         dy = dy if _triton.describable(dy) and dy.stride(-1) == 1 else dy.contiguous()
-        initial, dlast = (None if t is None else t.contiguous() for t in (initial_states, dfinal))
-        call = Call(x, dt, decay, B, C, dt_bias, cu_seqlens is None, dt_softplus, (dt_min, dt_max))
-        call.prepare(cu_seqlens, dy, D, initial, dlast)
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dinitial = None if initial is None else call.last_states()
-        S, G = call.chunk_states(), call.chunk_states()
-        # Inner products of S and G, summed over columns (over the state's rows, where it is transposed).
-        rows = triton_hopper.TILE if call.family.hopper else S.shape[2]
-        kept = torch.empty(*S.shape[:2], call.blocks, rows, dtype=torch.float32, device=x.device)
-        call.scan(dy, call.entries(dy, dlast, reverse=True), dinitial, reverse=True, out=dx, D=D, saved=G)
-        call.scan(x, call.entries(x, initial), None, saved=S, counterpart=G, kept=kept)
-        dB, dC, dD, pieces = _parameter_gradients(call, dy, S, G, D)
-        ddt, ddecay, dbias, dD = _decay_gradients(call, kept, D, dD, *pieces)
-    grads = (dx, ddt, ddecay, dB, dC, dD, dbias, dinitial)
+        inputs = Tensors(x, dt, decay, B, C, D, dt_bias, initial_states)
+        grads = Tensors(*(None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs))
+        slices = _slices(inputs, cu_seqlens)
+        split = len(slices) > B.shape[2]
+        if split:
+            # Sums over the heads of a group, of which a slice adds its own.
+            grads = grads._replace(B=grads.B.float(), C=grads.C.float())
+        for first, last in slices:
+            add = split and first % (x.shape[2] // B.shape[2]) > 0
+            _slice(
+                inputs.heads(first, last), grads.heads(first, last), dy[:, :, first:last],
+                None if dfinal is None else dfinal[:, first:last], cu_seqlens, (dt_softplus, (dt_min, dt_max)), add,
+            )  # fmt: skip
+        if split:
+            grads = grads._replace(B=grads.B.to(B.dtype), C=grads.C.to(C.dtype))
     return tuple(x.new_empty(0) if t is None else t for t in grads)
 
 
-def _parameter_gradients(call: Call, dy: Tensor, S: Tensor, G: Tensor, D: Tensor | None) -> tuple[Any, ...]:
-    """dB, dC, a vector D's gradient, and what the decay's gradient is made of."""
+class Tensors(NamedTuple):
+    """The arguments that have gradients, or these."""
+
+    x: Tensor
+    dt: Tensor | None
+    decay: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    initial_states: Tensor | None
+
+    def heads(self, first: int, last: int) -> "Tensors":
+        """Views of some heads: of whole groups, or of a part of one."""
+        nheads, per_group = self.x.shape[2], self.x.shape[2] // self.B.shape[2]
+        if last - first == nheads:
+            return self
+        groups = slice(first // per_group, _triton.cdiv(last, per_group))
+        x, dt = self.x[:, :, first:last], None if self.dt is None else self.dt[:, :, first:last]
+        decay = self.decay[..., first:last]
+        D, bias = (None if t is None else t[first:last] for t in (self.D, self.dt_bias))
+        initial = None if self.initial_states is None else self.initial_states[:, first:last]
+        return Tensors(x, dt, decay, self.B[:, :, groups], self.C[:, :, groups], D, bias, initial)
+
+
+def _slices(inputs: Tensors, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
+    """Ranges of heads that the backward takes one after the other, because of the chunk states that it keeps."""
+    (batch, seqlen, nheads, headdim), (ngroups, d_state) = inputs.x.shape, inputs.B.shape[2:]
+    nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    config = configs.choose(headdim, d_state, inputs.x.dtype, _triton.capability(inputs.x.device))
+    blocks = _triton.cdiv(headdim, config.columns)
+    chunk_states = 2 * configs.power_of_two(d_state) * blocks * config.columns * inputs.x.element_size()
+    a_head = _triton.cdiv(batch * seqlen, config.chunk) * chunk_states
+    slots = RESIDENT * _triton.multiprocessors(inputs.x.device)
+    return head_slices(nheads, ngroups, _heads_at_once(nheads, nseq * blocks, a_head, slots))
+
+
+def _heads_at_once(nheads: int, programs: int, nbytes: int, slots: int) -> int:
+    """Heads in a slice, of which each has `programs` and keeps `nbytes`: all, where `SCRATCH` holds them.
+
+    Else as many as fill the multiprocessors once, which takes no longer than all at once; or, where sequences are split
+    because all do not fill them, as many as the scratch memory holds. Steps of heads keep addresses aligned.
+    """
+    if nheads * nbytes <= SCRATCH:
+        return nheads
+    heads = slots // programs if nheads * programs >= slots else SCRATCH // nbytes
+    return min(max(heads // HEADS_STEP, 1) * HEADS_STEP, nheads)
+
+
+def head_slices(nheads: int, ngroups: int, most: int) -> list[tuple[int, int]]:
+    """Ranges of at most `most` heads: whole groups, or parts of one."""
+    per_group = nheads // ngroups
+    if most >= per_group:
+        size = most // per_group * per_group
+        return [(first, min(first + size, nheads)) for first in range(0, nheads, size)]
+    starts = [(group, first) for group in range(0, nheads, per_group) for first in range(0, per_group, most)]
+    return [(group + first, group + min(first + most, per_group)) for group, first in starts]
+
+
+def _slice(
+    inputs: Tensors, grads: Tensors, dy: Tensor, dfinal: Tensor | None, cu_seqlens: Tensor | None,
+    steps: tuple[bool, tuple[float, float]], add: bool,
+) -> None:  # fmt: skip
+    """Writes the gradients of some heads; with `add` those of B and C are added to what is there."""
+    x, dt, decay, B, C, D, bias, initial = inputs
+    initial, dlast = (None if t is None else t.contiguous() for t in (initial, dfinal))
+    call = Call(x, dt, decay, B, C, bias, cu_seqlens is None, *steps)
+    call.prepare(cu_seqlens, dy, D, initial, dlast, *grads)
+    dinitial = grads.initial_states
+    if dinitial is not None and not dinitial.is_contiguous():
+        dinitial = call.last_states()
+    S, G = call.chunk_states(), call.chunk_states()
+    # Inner products of S and G, summed over columns (over the state's rows, where it is transposed).
+    rows = triton_hopper.TILE if call.family.hopper else S.shape[2]
+    kept = torch.empty(*S.shape[:2], call.blocks, rows, dtype=torch.float32, device=x.device)
+    call.scan(dy, call.entries(dy, dlast, reverse=True), dinitial, reverse=True, out=grads.x, D=D, saved=G)
+    call.scan(x, call.entries(x, initial), None, saved=S, counterpart=G, kept=kept)
+    pieces = _parameter_gradients(call, grads, dy, S, G, D, add)
+    _decay_gradients(call, grads, kept, D, *pieces)
+    if dinitial is not None and dinitial is not grads.initial_states:
+        assert grads.initial_states is not None
+        grads.initial_states.copy_(dinitial)
+
+
+def _parameter_gradients(
+    call: Call, grads: Tensors, dy: Tensor, S: Tensor, G: Tensor, D: Tensor | None, add: bool
+) -> tuple[Tensor, ...]:
+    """Writes dB, dC and a vector D's gradient; returns what the decay's gradient is made of."""
     x, B, C, config, plan = call.x, call.B, call.C, call.family.config, call.plan
     nheads, headdim = x.shape[2:]
     ngroups, d_state = B.shape[2:]
     n, n_total, p, blocks = config.gradient_rows, S.shape[2], config.columns, call.blocks
     nchunks, per_group = plan.chunks.shape[0], nheads // ngroups
-    parts = _head_parts(per_group, nchunks * ngroups * (n_total // n), _triton.multiprocessors(x.device))
-    kind = {"dtype": x.dtype if parts == 1 else torch.float32, "device": x.device}
-    dB, dC = (torch.empty(parts, *B.shape, **kind) for _ in range(2))
+    parts, dB, dC = 1, grads.B[None], grads.C[None]
+    if not add:
+        parts = _head_parts(per_group, nchunks * ngroups * (n_total // n), _triton.multiprocessors(x.device))
+    if parts > 1:
+        dB, dC = (torch.empty(parts, *B.shape, dtype=torch.float32, device=x.device) for _ in range(2))
     pieces = n_total // n * blocks
     float32 = {"dtype": torch.float32, "device": x.device}
     reads, dscale, inner = (torch.empty(pieces, nheads, call.padded, **float32) for _ in range(3))
@@ -295,8 +392,9 @@ def _parameter_gradients(call: Call, dy: Tensor, S: Tensor, G: Tensor, D: Tensor
         described = (tiles(x), tiles(dy), tiles(B, n), tiles(C, n), states(S), states(G))
         call.launch(
             triton_hopper.gradient_hopper_kernel, (2 * nchunks, ngroups * parts),
-            (*described, dB, dC, reads, dscale, inner, products, overlaps, call.scale, call.sums, dB.stride(0), *sizes),
-            Q=config.chunk, N=n, P=p, BLOCKS=blocks, num_warps=4,
+            (*described, dB, dC, reads, dscale, inner, products, overlaps, call.scale, call.sums,
+             *dB.stride()[:3:2], *sizes),
+            add, Q=config.chunk, N=n, P=p, BLOCKS=blocks, ADD=add, num_warps=4,
         )  # fmt: skip
         sides = ()
     else:
@@ -309,50 +407,51 @@ def _parameter_gradients(call: Call, dy: Tensor, S: Tensor, G: Tensor, D: Tensor
              call.state_tiles(state, n), out, *rest, dD, call.scale, call.sums, plan.chunks,
              *value.stride()[:3], *other.stride()[:3], *query.stride()[:3], *key.stride()[:3], *out.stride()[:4],
              *sizes),
-            reverse, Q=config.chunk, N=n, NT=n_total, P=p, BLOCKS=blocks, STAGES=config.gradient_stages,
-            TMA=call.family.tma, REVERSE=bool(reverse), VECTOR_D=dD is not None and bool(reverse),
+            (reverse, add), Q=config.chunk, N=n, NT=n_total, P=p, BLOCKS=blocks, STAGES=config.gradient_stages,
+            TMA=call.family.tma, ADD=add, REVERSE=bool(reverse), VECTOR_D=dD is not None and bool(reverse),
             PRECISION=config.precision, num_warps=config.gradient_warps,
         )  # fmt: skip
     if dD is not None:
-        dD = dD.sum(0)[:, :headdim].to(D.dtype)
-    pieces = (reads, dscale, inner, products, overlaps)
-    if parts == 1:
-        return dB[0], dC[0], dD, pieces
-    return dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD, pieces
+        assert grads.D is not None
+        grads.D.copy_(dD.sum(0)[:, :headdim])
+    if parts > 1:
+        grads.B.copy_(dB.sum(0))
+        grads.C.copy_(dC.sum(0))
+    return reads, dscale, inner, products, overlaps
 
 
 def _decay_gradients(
-    call: Call, kept: Tensor, D: Tensor | None, dD: Tensor | None, reads: Tensor, dscale: Tensor, inner: Tensor,
+    call: Call, grads: Tensors, kept: Tensor, D: Tensor | None, reads: Tensor, dscale: Tensor, inner: Tensor,
     products: Tensor, overlaps: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of dt, of A or the log-decay, of the bias, and of D (`dD`, where D is a vector)."""
-    batch, seqlen, nheads, _ = call.x.shape
-    nchunks, family, device = call.plan.chunks.shape[0], call.family, call.x.device
-    token = (batch, seqlen, nheads)
-    ddt = None if call.dt is None else torch.empty(token, dtype=call.dt.dtype, device=device)
-    per_token = call.decay if call.decay.ndim == 3 else None
-    ddecay = None if per_token is None else torch.empty(token, dtype=per_token.dtype, device=device)
+) -> None:  # fmt: skip
+    """Writes the gradients of dt, of A or the log-decay, of the bias, and of a scalar D."""
+    nheads, nchunks, family = call.x.shape[2], call.plan.chunks.shape[0], call.family
+    per_token = grads.decay if call.decay.ndim == 3 else None
     # One gradient a head: a sum a chunk first.
-    single = (call.decay if per_token is None else None, call.bias, D if dD is None else None)
-    parts = [None if t is None else torch.empty(nchunks, nheads, dtype=torch.float32, device=device) for t in single]
+    totals = (
+        None if per_token is not None else grads.decay,
+        grads.dt_bias,
+        grads.D if D is None or D.ndim == 1 else None,
+    )
+    parts = [
+        None if t is None else torch.empty(nchunks, nheads, dtype=torch.float32, device=call.x.device) for t in totals
+    ]
     heads = min(16, configs.power_of_two(nheads))
+    tokens = grads.dt if per_token is None else per_token
     call.launch(
         decay_gradient_kernel, (nchunks, _triton.cdiv(nheads, heads)),
-        (reads, dscale, inner, products, overlaps, kept, call.scale, call.sums, call.dt, call.decay, call.bias, ddt,
-         ddecay, *parts, call.plan.chunks, nheads, nheads // call.B.shape[2], call.padded, *call.limit,
-         *family.strides, seqlen * nheads, nheads),
+        (reads, dscale, inner, products, overlaps, kept, call.scale, call.sums, call.dt, call.decay, call.bias,
+         grads.dt, per_token, *parts, call.plan.chunks, nheads, nheads // call.B.shape[2], call.padded, *call.limit,
+         *family.strides, *((0, 0) if tokens is None else tokens.stride()[:2])),
         HEADS=heads, N=kept.shape[3], BLOCKS=kept.shape[2], N_BLOCKS=overlaps.shape[0],
         SCALAR_D=parts[2] is not None, num_warps=2, **family.decays,
     )  # fmt: skip
-    totals = [None if t is None else torch.empty(nheads, dtype=t.dtype, device=device) for t in single]
     if any(t is not None for t in totals):
         call.launch(
             total_kernel, (_triton.cdiv(nheads, 4),), (*parts, *totals, nchunks, nheads),
             HEADS=4, CHUNKS=128, HAS_A=totals[0] is not None, HAS_BIAS=totals[1] is not None,
             HAS_D=totals[2] is not None, num_warps=4,
         )  # fmt: skip
-    dA, dbias, dscalar = totals
-    return ddt, ddecay if dA is None else dA, dbias, dscalar if dD is None else dD
 
 
 def _head_parts(per_group: int, programs: int, multiprocessors: int) -> int:

@@ -229,8 +229,9 @@ def barriers():
 def gradient_side(
     u_smem, k_smem, v_smem, o_smem, state_smem, cs_smem, s_smem, full, once,
     value, other, query, key, state, out, rows_out, inner_out, products, overlaps, scale, sums,
-    row, chunk, group, part, out_part, u_column, nheads, heads_per_group, heads_per_program, headdim, d_state, padded,
-    Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, BLOCKS: gl.constexpr, REVERSE: gl.constexpr,
+    row, chunk, group, part, out_part, out_l, u_column, nheads, heads_per_group, heads_per_program, headdim, d_state,
+    padded,
+    Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, BLOCKS: gl.constexpr, ADD: gl.constexpr, REVERSE: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """One side of `gradient_kernel` for one chunk: dC, or with REVERSE dB."""
@@ -339,10 +340,11 @@ def gradient_side(
     rest = (dweights - high.to(gl.float32)).to(dtype)
     total = warpgroup_mma(gl.convert_layout(high, gl.DotOperandLayout(0, wide, 2)), k_smem, total)
     total = warpgroup_mma(gl.convert_layout(rest, gl.DotOperandLayout(0, wide, 2)), k_smem, total)
-    ngroups = nheads // heads_per_group
-    base = out + part.to(gl.int64) * out_part + row.to(gl.int64) * ngroups * d_state + group * d_state
-    line = gl.arange(0, Q, layout=gl.SliceLayout(1, wide))[:, None] * (ngroups * d_state)
+    base = out + part.to(gl.int64) * out_part + row.to(gl.int64) * out_l + group * d_state
+    line = gl.arange(0, Q, layout=gl.SliceLayout(1, wide))[:, None] * out_l
     columns = gl.arange(0, N, layout=gl.SliceLayout(0, wide))[None, :]
+    if ADD:
+        total += gl.load(base + line + columns)
     gl.store(base + line + columns, total.to(out.dtype.element_ty))
 
 
@@ -364,12 +366,14 @@ def fetch_head(
 @gluon.jit
 def gradient_hopper_kernel(
     x, dy, B, C, S, G, dB, dC, reads, dscale, inner, products, overlaps, scale, sums,
-    out_part, nheads, heads_per_group, heads_per_program, headdim, d_state, padded,
-    Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, BLOCKS: gl.constexpr, num_warps: gl.constexpr,
+    out_part, out_l, nheads, heads_per_group, heads_per_program, headdim, d_state, padded,
+    Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, BLOCKS: gl.constexpr, ADD: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """`gradient_kernel`, both sides in one launch: neighbouring programs read the same tiles of x and dy.
 
-    Grid `(2 * chunks, groups * parts)`; chunks lie evenly in the batch.
+    Grid `(2 * chunks, groups * parts)`; chunks lie evenly in the batch, rows of dB and dC are `out_l` apart. With ADD
+    the gradients are added to what is there.
     """
     chunk = gl.program_id(0) // 2
     parts = heads_per_group // heads_per_program
@@ -392,15 +396,15 @@ def gradient_hopper_kernel(
         gradient_side(
             u_smem, k_smem, v_smem, o_smem, state_smem, cs_smem, s_smem, full, once,
             dy, x, C, B, S, dC, reads, inner, products, overlaps, scale, sums, row, chunk, group, part,
-            out_part, group * N, nheads, heads_per_group, heads_per_program, headdim, d_state, padded,
-            Q, N, P, BLOCKS, False, num_warps,
+            out_part, out_l, group * N, nheads, heads_per_group, heads_per_program, headdim, d_state, padded,
+            Q, N, P, BLOCKS, ADD, False, num_warps,
         )  # fmt: skip
     else:
         gradient_side(
             u_smem, k_smem, v_smem, o_smem, state_smem, cs_smem, s_smem, full, once,
             x, dy, B, C, G, dB, dscale, inner, products, overlaps, scale, sums, row, chunk, group, part,
-            out_part, group * N, nheads, heads_per_group, heads_per_program, headdim, d_state, padded,
-            Q, N, P, BLOCKS, True, num_warps,
+            out_part, out_l, group * N, nheads, heads_per_group, heads_per_program, headdim, d_state, padded,
+            Q, N, P, BLOCKS, ADD, True, num_warps,
         )  # fmt: skip
 
 

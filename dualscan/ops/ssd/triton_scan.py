@@ -266,7 +266,9 @@ def _family(key: Hashable, call: "Call", nseq: int, described: tuple[Tensor, ...
     x, B, headdim = call.x, call.B, call.x.shape[3]
     config = configs.choose(headdim, B.shape[3], x.dtype, _triton.capability(x.device))
     # Descriptors that are not pipelined (one stage) gave an illegal memory access once: such tiles take pointers.
+    # Nor do results whose heads are no multiple of 16 bytes have a descriptor, whatever the strides of the inputs.
     tma = call.dense and config.stages > 1 and _triton.has_tma(x.device) and _triton.describable(*described)
+    tma = tma and headdim * x.element_size() % 16 == 0
     programs = nseq * x.shape[2] * _triton.cdiv(headdim, config.columns)
     dt = (0, 0, 0) if call.dt is None else call.dt.stride()
     per_token = call.decay.ndim == 3

@@ -63,7 +63,7 @@ def test_in_place_step_equals_operators(variant: str, dtype: torch.dtype, batch:
             states.append(None)
             wide.append(None)
             continue
-        mixer = block.mixer
+        mixer: Any = block.mixer
         conv = torch.randn(batch, mixer.d_conv - 1, mixer.conv1d.in_channels, device=DEVICE).to(dtype).transpose(1, 2)
         ssm = torch.randn(batch, mixer.nheads, mixer.headdim, mixer.d_state, device=DEVICE)
         states.append(Mamba2State(conv, ssm))
@@ -92,15 +92,14 @@ def test_in_place_step_equals_operators(variant: str, dtype: torch.dtype, batch:
 @torch.no_grad()
 def test_states_in_another_order_are_copied() -> None:
     blocks, _ = stack(torch.float32)
-    state = [
-        None
-        if isinstance(block.mixer, MLP)
-        else Mamba2State(
-            torch.randn(2, block.mixer.conv1d.in_channels, 3, device=DEVICE),
-            torch.randn(2, 16, 8, block.mixer.nheads, device=DEVICE).permute(0, 3, 2, 1),
-        )
-        for block in blocks
-    ]
+    state: list[Any] = []
+    for block in blocks:
+        mixer: Any = block.mixer
+        if isinstance(mixer, MLP):
+            state.append(None)
+            continue
+        conv = torch.randn(2, mixer.conv1d.in_channels, 3, device=DEVICE)
+        state.append(Mamba2State(conv, torch.randn(2, 16, 8, mixer.nheads, device=DEVICE).permute(0, 3, 2, 1)))
     h = torch.randn(2, 1, 24, device=DEVICE)
     expected = h
     for block, block_state in zip(blocks, state, strict=True):

@@ -73,6 +73,39 @@ def test_split_sequences(lengths: list[int] | None, monkeypatch: pytest.MonkeyPa
     compare(problem, torch.float32)
 
 
+SLICED: dict[str, dict[str, Any]] = {
+    "parts of a group": {"nheads": 5, "ngroups": 1, "D": "scalar", "dt_bias": True, "states": True},
+    "parts of groups": {"nheads": 6, "ngroups": 2, "D": "vector", "states": True},
+    "whole groups": {"nheads": 6, "ngroups": 3, "D": "scalar", "dt_bias": True},
+    "groups of one": {"nheads": 3, "ngroups": 3},
+    "packed": {"batch": 1, "nheads": 3, "ngroups": 1, "lengths": [40, 0, 33, 1], "states": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])], ids=str)
+@pytest.mark.parametrize("name", SLICED)
+def test_backward_in_slices_of_heads(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dualscan.ops.ssd import triton_gradients
+
+    monkeypatch.setattr(triton_gradients, "_heads_at_once", lambda *_: 2)
+    compare(ssd_problem(seqlen=70, dtype=dtype, **SLICED[name]), dtype)
+
+
+def test_slices_of_the_backward() -> None:
+    from dualscan.ops.ssd.triton_gradients import _heads_at_once, head_slices
+
+    assert head_slices(80, 1, 32) == [(0, 32), (32, 64), (64, 80)]
+    assert head_slices(6, 2, 2) == [(0, 2), (2, 3), (3, 5), (5, 6)]
+    assert head_slices(128, 8, 64) == [(0, 64), (64, 128)]
+    assert head_slices(6, 3, 5) == [(0, 4), (4, 6)]
+    # All fit; one slice fills 264 places once; sequences are split, and the memory decides.
+    assert _heads_at_once(24, 16, 2**23, 264) == 24
+    assert _heads_at_once(80, 8, 2**23, 264) == 32
+    assert _heads_at_once(80, 1, 2**23, 264) == 32
+    assert _heads_at_once(80, 1, 2**26, 264) == 8
+    assert _heads_at_once(80, 1000, 2**26, 264) == 8
+
+
 def test_segments_fill_the_gpu() -> None:
     from dualscan.ops.ssd.triton_scan import SHORTEST_SEGMENT, _segment
 

@@ -34,6 +34,24 @@ def test_even_shapes(options: dict[str, Any], dtype: torch.dtype) -> None:
     assert_matches(evaluate(problem, impl="triton"), oracle, dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nheads": 5, "ngroups": 1, "D": "scalar", "dt_bias": True, "states": True},
+        {"nheads": 6, "ngroups": 2, "states": True},
+        {"nheads": 6, "ngroups": 3, "d_state": 64, "headdim": 128, "D": "scalar"},
+        {"nheads": 4, "ngroups": 1, "D": "vector"},
+        {"batch": 1, "seqlen": 2048, "nheads": 4, "ngroups": 1, "states": True},
+    ],
+)
+def test_backward_in_slices_of_heads(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dualscan.ops.ssd import triton_gradients
+
+    monkeypatch.setattr(triton_gradients, "_heads_at_once", lambda *_: 2)
+    problem = on_device(ssd_problem(dtype=torch.bfloat16, **(EVEN | options)))
+    assert_matches(evaluate(problem, impl="triton"), evaluate(problem.double(), impl="recurrent"), dtype=torch.bfloat16)
+
+
 def test_hopper_and_plain_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     from dualscan.ops.ssd import triton_hopper, triton_scan
 
