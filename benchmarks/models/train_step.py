@@ -132,7 +132,7 @@ class Job:
         with torch.device(device):
             self.model = MambaLM(config)
         self.steps = {"dualscan": step_of(self.model)}
-        if rivals.available():
+        if rivals.available() and not args.alone:
             self.steps[RIVAL] = step_of(rivals.Model(self.model))
 
     def difference(self, context: int) -> float:
@@ -225,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens of context")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens a step, or one context if that is more")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="ways to train, see above")
+    parser.add_argument("--alone", action="store_true", help="leave the rival out")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every variant")
     parser.add_argument("--steps", type=int, default=4, help="steps a turn")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="a CPU only shows that the job runs")
