@@ -35,7 +35,6 @@ SHAPES = {
     "2.7b packed 16384": (1, 16384, 80, 64, 1, 128),
     "130m 16x1024": (16, 1024, 24, 64, 1, 128),
     "130m 1x4096": (1, 4096, 24, 64, 1, 128),
-    "130m packed 16384": (1, 16384, 24, 64, 1, 128),
     "H128 G8 4x4096": (4, 4096, 128, 64, 8, 128),
     "H64 N64 8x2048": (8, 2048, 64, 64, 1, 64),
     "H64 N256 8x2048": (8, 2048, 64, 64, 1, 256),
@@ -321,10 +320,33 @@ def first_call() -> list[dict[str, Any]]:
 COMPILE = """
 import sys
 from benchmarks.ops import ssd as job
+job.tune_briefly(int(sys.argv[2]))
 t = job.inputs(*job.SHAPES[sys.argv[1]], "packed" in sys.argv[1])
 for run in [job.ours, job.rival] if job.rival_package() else [job.ours]:
     job.gradients(run, t)
 """
+# Processes that share the compilation of a family's candidates.
+SHARES = 4
+
+
+def tune_briefly(share: int | None = None) -> None:
+    """Lets the rival's kernels, which tune themselves, time each candidate for 30 ms instead of 100.
+
+    With a share only every so many-th candidate is compiled, and hardly timed.
+    """
+    from triton.runtime import autotuner, driver
+    from triton.testing import do_bench
+
+    warmup, rep = (5, 30) if share is None else (1, 1)
+    driver.active.get_benchmarker = lambda: partial(do_bench, warmup=warmup, rep=rep)
+    if share is not None:
+        start = autotuner.Autotuner.__init__
+
+        def take_share(self: Any, *args: Any, **options: Any) -> None:
+            start(self, *args, **options)
+            self.configs = self.configs[share::SHARES] or self.configs[:1]
+
+        autotuner.Autotuner.__init__ = take_share
 
 
 def compile_ahead(shapes: list[str]) -> None:
@@ -333,7 +355,11 @@ def compile_ahead(shapes: list[str]) -> None:
     Triton keeps them on disk. The rival tunes itself, which is minutes of compilation for each family otherwise.
     """
     families = {(SHAPES[shape][2:], "packed" in shape): shape for shape in reversed(shapes)}
-    processes = [subprocess.Popen([sys.executable, "-c", COMPILE, shape], cwd=ROOT) for shape in families.values()]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", COMPILE, shape, str(share)], cwd=ROOT)
+        for shape in families.values()
+        for share in range(SHARES if rival_package() else 1)
+    ]
     for process in processes:
         process.wait()
 
@@ -366,6 +392,7 @@ def main(argv: list[str] | None = None) -> int:
         print("the job ssd needs an NVIDIA GPU")
         return 1
     compile_ahead(args.shapes)
+    tune_briefly()
     tested = not args.untested and tests_pass()
     ceiling = ceilings()
     print(f"copy {ceiling[0] / 1e12:.2f} TB/s, bfloat16 product {ceiling[1] / 1e12:.0f} TFLOP/s")
