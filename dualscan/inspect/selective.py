@@ -33,7 +33,7 @@ class MambaView(SurroundedView):
         weight, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
         x, z = apply_linear(mixer.in_proj, u).chunk(2, dim=-1)
         before = causal_conv1d(x, weight, bias).y
-        dt, B, C = apply_linear(mixer.x_proj, F.silu(before)).split([mixer.dt_rank, mixer.d_state, mixer.d_state], -1)
+        dt, B, C = mixer.select(F.silu(before))
         self.inputs = x.to(dtype)
         self._B, self._C = B.to(dtype), C.to(dtype)
         self._dt = F.softplus(mixer.dt_proj(dt).to(dtype) + mixer.dt_proj.bias).to(dtype).unflatten(-1, groups)

@@ -18,7 +18,7 @@ _WHOLE_OR_NONE = (
     *("attention_conv", "d_mlp", "n_experts", "experts_per_token", "d_expert", "d_shared"),
     *("router_groups", "router_groups_used", "n_shared", "adapter_rank"),
 )
-_POSITIVE = ("norm_eps", "embedding_std", "rope_theta")
+_POSITIVE = ("norm_eps", "inner_norm_eps", "embedding_std", "rope_theta")
 _NUMBERS = {"projection_scales": 5, "branch_scales": 4}
 _FACTORS = ("attention_scale", "mlp_scale", "gate_scale", "embedding_scale", "residual_scale", "logits_scale")
 
@@ -47,6 +47,8 @@ class ModelConfig:
         d_conv: width of the causal convolution.
         dt_rank: width of the bottleneck of Δ in Mamba; None takes d_model / 16, rounded up.
         inner_norms: Mamba normalises the bottleneck of Δ, B and C.
+        inner_norm_weights: these norms have weights.
+        inner_norm_eps: epsilon of these norms; None takes norm_eps.
         dt_limit: clamp of Δ after softplus.
         chunk_size: tokens a chunk of SSD; None takes the operator's default.
         mamba_bias: bias on the projections of Mamba-2 and Mamba.
@@ -81,7 +83,7 @@ class ModelConfig:
         n_shared: transformers that the layers S take in turn; None is 1.
         adapter_rank: rank of the adapters of every layer S.
         attention_adapters: the adapters are on q, k and v, too, and not on the MLP alone.
-        norm_eps: epsilon of every norm.
+        norm_eps: epsilon of every norm, but where another is said.
         embedding_scale: factor of the embedding.
         residual_scale: factor of what every layer adds.
         logits_scale: factor of the logits.
@@ -111,6 +113,8 @@ class ModelConfig:
     d_conv: int = 4
     dt_rank: int | None = None
     inner_norms: bool = False
+    inner_norm_weights: bool = True
+    inner_norm_eps: float | None = None
     dt_limit: tuple[float, float] = (0.0, math.inf)
     chunk_size: int | None = None
     mamba_bias: bool = False

@@ -85,7 +85,8 @@ def _mamba(config: "ModelConfig") -> Mamba:
         d_conv=config.d_conv,
         dt_rank=config.dt_rank,
         inner_norms=config.inner_norms,
-        norm_eps=config.norm_eps,
+        inner_norm_weights=config.inner_norm_weights,
+        norm_eps=config.norm_eps if config.inner_norm_eps is None else config.inner_norm_eps,
         bias=config.mamba_bias,
         conv_bias=config.conv_bias,
     )

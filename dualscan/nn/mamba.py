@@ -4,6 +4,7 @@ Here B, C and Δ come from the convolved channels, after the input projection an
 are sequential; Δ goes through a bottleneck of rank d_model / 16, and there is no norm before the output projection.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ class Mamba(Float32Parameters):
         bias: bias on in_proj and out_proj.
         conv_bias: bias on the convolution.
         inner_norms: normalises Δ's bottleneck, B and C, as Jamba does (arXiv 2403.19887).
+        inner_norm_weights: these norms have weights; Falcon-Mamba's (arXiv 2410.05355) have none.
         norm_eps: epsilon of these norms.
         impl: implementation of the scan over sequences, as in `selective_scan`; an attribute that may be changed later.
 
@@ -91,6 +93,7 @@ class Mamba(Float32Parameters):
         bias: bool = False,
         conv_bias: bool = True,
         inner_norms: bool = False,
+        inner_norm_weights: bool = True,
         norm_eps: float = 1e-5,
         impl: str = "auto",
     ):
@@ -108,7 +111,8 @@ class Mamba(Float32Parameters):
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, bias=conv_bias)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
         widths = [dt_rank, d_state, d_state]
-        self.inner_norms = nn.ModuleList(RMSNorm(n, eps=norm_eps) for n in widths) if inner_norms else None
+        norm = RMSNorm if inner_norm_weights else partial(nn.RMSNorm, elementwise_affine=False)
+        self.inner_norms = nn.ModuleList(norm(n, eps=norm_eps) for n in widths) if inner_norms else None
         self.dt_proj = StepSizeProjection(dt_rank, d_inner)
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
@@ -151,10 +155,7 @@ class Mamba(Float32Parameters):
 
     def _mix(self, x: Tensor, z: Tensor, ssm_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """The scan over the convolved channels, gated: `(batch, seqlen, d_inner)` and the next state."""
-        inner = apply_linear(self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        if self.inner_norms is not None:
-            inner = [norm(t) for norm, t in zip(self.inner_norms, inner, strict=True)]
-        dt, B, C = inner
+        dt, B, C = self.select(x)
         dt, A = self.dt_proj(dt), -torch.exp(self.A_log)
         shared: dict[str, Any] = {"D": self.D, "dt_bias": self.dt_proj.bias, "dt_softplus": True}
         if x.shape[1] == 1 and cu_seqlens is None and ssm_state is not None:
@@ -164,3 +165,10 @@ class Mamba(Float32Parameters):
         return selective_scan(
             x, dt, A, B, C, z=z, initial_states=ssm_state, cu_seqlens=cu_seqlens, impl=self.impl, **shared
         )
+
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What follows from the convolved channels: Δ's bottleneck `(..., dt_rank)`, B and C `(..., d_state)`."""
+        dt, B, C = apply_linear(self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.inner_norms is not None:
+            dt, B, C = (norm(t) for norm, t in zip(self.inner_norms, (dt, B, C), strict=True))
+        return dt, B, C

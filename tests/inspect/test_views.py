@@ -36,6 +36,7 @@ MIXERS: dict[str, Mixer] = {
     "feature map": (Mamba2, {"d_state": 4, "headdim": 8, "feature_map": "layer_norm+square"}),
     "mamba": (Mamba, {"d_state": 4}),
     "mamba, uneven": (Mamba, {"d_state": 3, "expand": 3, "d_conv": 2, "bias": True, "conv_bias": False}),
+    "mamba with norms inside": (Mamba, {"d_state": 4, "inner_norms": True, "inner_norm_weights": False}),
     "attention": (Attention, {"n_heads": 4}),
     "grouped attention": (Attention, {"n_heads": 4, "n_kv_heads": 2, "rope_theta": 100.0, "bias": True}),
     "attention with convolution": (

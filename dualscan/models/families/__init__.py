@@ -16,6 +16,7 @@ _MODULES = {
     "mamba_ssm": ("mamba_ssm", "MAMBA_SSM"),
     "mamba2": ("hf.mamba", "MAMBA2"),
     "mamba": ("hf.mamba", "MAMBA"),
+    "falcon_mamba": ("hf.mamba", "FALCON_MAMBA"),
     "bamba": ("hf.bamba", "BAMBA"),
     "nemotron_h": ("hf.nemotron_h", "NEMOTRON_H"),
     "granitemoehybrid": ("hf.granite", "GRANITE"),
@@ -28,7 +29,6 @@ NAMES = tuple(_MODULES)
 
 # Relatives that would need something that is not here: what that is.
 OUT_OF_REACH = {
-    "falcon_mamba": "Mamba with norms without weights over Δ, B and C",
     "zamba": "shared attention over Mamba layers with several heads",
     "mamba3": "Mamba-3's rotating and trapezoidal recurrence",
     "recurrent_gemma": "the RG-LRU recurrence",

@@ -88,6 +88,7 @@ def _explicit(config: ModelConfig) -> dict[str, Any]:
         "rotary_dim": head_dim,
         "d_mlp": config.mlp_width,
         "dt_rank": Mamba.default_dt_rank(config.d_model),
+        "inner_norm_eps": config.norm_eps,
         "router_groups": 1,
         "router_groups_used": 1,
         "n_shared": 1,

@@ -69,6 +69,15 @@ _CASES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
             "no bias, wide": {"use_conv_bias": False, "expand": 3, "conv_kernel": 3},
         },
     ),
+    "falcon_mamba": (
+        "FalconMambaConfig",
+        {"hidden_size": 20, "num_hidden_layers": 3, "state_size": 8, "vocab_size": VOCABULARY},
+        {
+            "tied": {"time_step_rank": "auto"},
+            "untied, biases": {"tie_word_embeddings": False, "use_bias": True, "time_step_rank": 5},
+            "large epsilons": {"use_conv_bias": False, "mixer_rms_eps": 0.1, "layer_norm_epsilon": 0.01, "expand": 3},
+        },
+    ),
     "bamba": (
         "BambaConfig",
         {**_LAYERS, "attn_layer_indices": [1]},

@@ -22,6 +22,10 @@ EXPERTS: dict[str, Any] = {"n_experts": 4, "experts_per_token": 2, "d_expert": 1
 TAKEN: dict[str, list[dict[str, Any]]] = {
     "mamba2": [{"pattern": "MM"}, {"pattern": "MMM", "ngroups": 2, "norm_eps": 1e-6, "dt_limit": (0.0, 0.1)}],
     "mamba": [{"pattern": "mm"}, {"pattern": "mmm", "dt_rank": 3, "conv_bias": False, "tie_embeddings": False}],
+    "falcon_mamba": [
+        {"pattern": "mm", "inner_norms": True, "inner_norm_weights": False},
+        {"pattern": "m", "inner_norms": True, "inner_norm_weights": False, "inner_norm_eps": 0.1, "norm_eps": 0.01},
+    ],
     "bamba": [
         {"pattern": "M-*-M-", "rope_theta": 1e4},
         {**FREE, "pattern": "*-M-", "rope_theta": 500.0, "rotary_dim": 4, "d_mlp": 20, "mlp_bias": True, "ngroups": 3},
@@ -112,6 +116,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mamba2", {"pattern": "MM", "head_pattern": "multi-query"}, "head_pattern='multi-query' would become"),
     ("mamba", {"pattern": "MM"}, "pattern='MM' would become 'mm'"),
     ("mamba", {"pattern": "mm", "inner_norms": True}, "inner_norms=True would become False"),
+    ("falcon_mamba", {"pattern": "mm"}, "inner_norms=False would become True"),
+    ("falcon_mamba", {"pattern": "mm", "inner_norms": True}, "inner_norm_weights=True would become False"),
     ("bamba", {"pattern": "M*-M-"}, "pattern='M*-M-' would become 'M-*-M-'"),
     ("bamba", {"pattern": "M-*-"}, "rope_theta=None would become 10000.0"),
     ("bamba", {"pattern": "M-*-", "rope_theta": 1e4, "mlp_activation": "relu2"}, "mlp_activation='relu2' would"),
@@ -131,6 +137,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("zamba2", {"pattern": "MS", "adapter_rank": 3}, "attention_scale=None would become"),
     ("zamba2", {"pattern": "M", "tie_embeddings": False}, "tie_embeddings=False would become True"),
     ("jamba", {"pattern": "m-*-*-m-*-", "inner_norms": True}, "pattern='m-*-*-m-*-' would become 'm-m-m-m-m-'"),
+    ("jamba", {"pattern": "m-*-", "inner_norms": True, "inner_norm_eps": 0.1}, "inner_norm_eps=0.1 would become None"),
     ("jamba", {"pattern": "m-*-"}, "inner_norms=False would become True"),
     (
         "jamba",

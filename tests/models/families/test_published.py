@@ -153,6 +153,17 @@ PUBLISHED: dict[str, tuple[float, dict[str, Any]]] = {
             "vocab_size": 65536,
         },
     ),
+    "falcon-mamba-7b": (
+        7.27,
+        {
+            **_HF,
+            "model_type": "falcon_mamba",
+            "hidden_size": 4096,
+            "num_hidden_layers": 64,
+            "state_size": 16,
+            "vocab_size": 65024,
+        },
+    ),
     "mamba2attn-2.7b": (
         2.7,
         {

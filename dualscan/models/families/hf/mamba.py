@@ -1,5 +1,7 @@
-"""Mamba-2 and Mamba as transformers stores them: `model_type` "mamba2", among them Mamba-Codestral, and "mamba"."""
+"""Mamba-2 and Mamba as transformers stores them: `model_type` "mamba2", among them Mamba-Codestral, "mamba", and TII's
+"falcon_mamba", which is Mamba with norms inside."""
 
+import dataclasses
 from typing import Any
 
 from dualscan.models.config import ModelConfig
@@ -82,6 +84,17 @@ def _mamba_config(settings: Settings) -> ModelConfig:
     )
 
 
+def _falcon_mamba_config(settings: Settings) -> ModelConfig:
+    norms = {"inner_norms": True, "inner_norm_weights": False, "inner_norm_eps": settings("mixer_rms_eps", 1e-6)}
+    return dataclasses.replace(_mamba_config(settings), **norms)
+
+
+def _falcon_mamba_to_config(config: ModelConfig) -> dict[str, Any]:
+    eps = config.norm_eps if config.inner_norm_eps is None else config.inner_norm_eps
+    names = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba"}
+    return _mamba_to_config(config) | names | {"mixer_rms_eps": float(eps)}
+
+
 def _mamba_to_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["MambaForCausalLM"],
@@ -131,6 +144,16 @@ MAMBA = Family(
     config=_mamba_config,
     to_config=_mamba_to_config,
     takes="layers m",
+    layout=_layout,
+    aliases=_ALIASES,
+)
+
+FALCON_MAMBA = Family(
+    name="falcon_mamba",
+    checkpoints="tiiuae/falcon-mamba-7b, falcon-mamba-7b-instruct",
+    config=_falcon_mamba_config,
+    to_config=_falcon_mamba_to_config,
+    takes="layers m, normalised inside without weights",
     layout=_layout,
     aliases=_ALIASES,
 )
