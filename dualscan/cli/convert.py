@@ -1,11 +1,13 @@
 """`dualscan convert`: a checkpoint from one program's format to another's."""
 
+import json
 import os
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -13,6 +15,9 @@ from tyro.conf import Positional
 
 from dualscan.cli._support.arguments import parse
 from dualscan.cli._support.checkpoints import find
+from dualscan.data.tokenizer import BYTES_FILE, ByteTokenizer
+from dualscan.generate.text import load_tokenizer
+from dualscan.interop.tokenizer import to_transformers_tokenizer
 from dualscan.models import families
 from dualscan.models.families.express import fitting
 from dualscan.models.lm import MambaLM
@@ -20,7 +25,7 @@ from dualscan.models.weights import CONFIG, FORMAT, is_ours, load, save
 
 # What lies beside the weights and goes with them, whatever their format.
 _COMPANIONS = (
-    *("byte_tokenizer.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
+    *(BYTES_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja"),
     "generation_config.json",
 )
@@ -65,14 +70,41 @@ def main(argv: Sequence[str]) -> int:
     model = load(folder, dtype=dtype, norm_groups=arguments.norm_groups)
     before, after = _formats(model, folder, arguments.to)
     save(model, out, format=after)
-    for name in _COMPANIONS:
-        if (folder / name).is_file():
-            temporary = out / f".{name}.{os.getpid()}.tmp"
-            shutil.copyfile(folder / name, temporary)
-            os.replace(temporary, out / name)
+    _bring_along(folder, out, transformers=after not in (FORMAT, "mamba_ssm"))
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"wrote {out}: {size / 1e6:.4g}M parameters, {before} to {after}", file=sys.stderr)
     return 0
+
+
+def _bring_along(folder: Path, out: Path, *, transformers: bool) -> None:
+    """Copies what lies beside the weights, for transformers in a form that it reads."""
+    with TemporaryDirectory(dir=out, prefix=".beside") as temporary:
+        beside = Path(temporary)
+        for name in _COMPANIONS:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, beside / name)
+        if transformers:
+            _translate(beside)
+        for path in beside.iterdir():
+            os.replace(path, out / path.name)
+
+
+def _translate(folder: Path) -> None:
+    """Makes the byte tokenizer one of transformers, and says which id begins, ends and fills texts, if nothing does."""
+    try:
+        tokenizer = load_tokenizer(folder)
+        if isinstance(tokenizer, ByteTokenizer):
+            to_transformers_tokenizer(tokenizer).save_pretrained(folder)
+            (folder / BYTES_FILE).unlink()
+    except FileNotFoundError:
+        return
+    except ImportError as error:
+        print(f"transformers will not find a tokenizer there: {error}", file=sys.stderr)
+        return
+    settings = folder / "generation_config.json"
+    if not settings.is_file():
+        special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
+        settings.write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
 
 
 def _formats(model: MambaLM, folder: Path, to: str | None) -> tuple[str, str]:

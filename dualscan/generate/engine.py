@@ -46,7 +46,7 @@ def prefill(model: "MambaLM", prompts: Tensor | Sequence[Tensor]) -> tuple[Tenso
 
     Raises:
         ValueError: no prompt, an empty one, or a wrong shape.
-        TypeError: tokens that are not int64.
+        TypeError: prompts that are not tensors, or not of int64.
     """
     device = next(model.parameters()).device
     rows = _rows(prompts)
@@ -71,6 +71,9 @@ def _rows(prompts: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if not rows:
         raise ValueError("no prompt was given; pass at least one.")
     for index, row in enumerate(rows):
+        if not isinstance(row, Tensor):
+            kind = type(row).__name__
+            raise TypeError(f"prompt {index} is of type {kind}; pass tensors: torch.tensor(tokenizer.encode(text)).")
         if row.ndim != 1:
             raise ValueError(f"prompt {index} has shape {tuple(row.shape)}; expected (seqlen,).")
         if row.dtype != torch.int64:

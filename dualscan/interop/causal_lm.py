@@ -98,10 +98,13 @@ class DualscanForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             model: trained or loaded by this package.
-            **values: further settings of `DualscanConfig`, such as `eos_token_id`.
+            **values: further settings of `DualscanConfig`, such as `eos_token_id`; the ids of special tokens are by
+                default those of the checkpoint that the model was loaded from.
         """
+        known = {} if model.source is None else model.source.config
+        special = {name: known[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in known}
         with torch.device("meta"):
-            wrapped = cls(DualscanConfig(**model.config.to_dict(), **values))
+            wrapped = cls(DualscanConfig(**model.config.to_dict(), **{**special, **values}))
         wrapped.model = model
         return wrapped.train(model.training)
 

@@ -30,6 +30,8 @@ def find(name: str | Path, *, revision: str | None = None, weights: bool = True)
     folder = Path(name)
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise FileNotFoundError(f"{name} is a file; give the folder that it is in.")
     if not isinstance(name, str) or not _REPOSITORY.fullmatch(name):
         raise FileNotFoundError(f"{name} is not a folder; give one that model.save(), training or transformers wrote.")
     try:

@@ -71,10 +71,11 @@ def save(model: MambaLM, folder: str | Path, *, format: str = FORMAT) -> None:
             that it was read in if that loses nothing.
 
     Raises:
-        ValueError: an unknown format, or one that cannot express the model.
+        ValueError: an unknown format, or one that cannot express the model; or adapters that were not merged.
         OSError: the disk is full or the folder cannot be written; files that were there before are untouched.
     """
     folder = Path(folder)
+    _check_complete(model)
     tensors, values, file = _own(model) if format == FORMAT else _foreign(model, format)
     other = next((name for name in FORMATS if name != file and (folder / name).exists()), None)
     if other is not None and file != WEIGHTS:
@@ -87,6 +88,23 @@ def save(model: MambaLM, folder: str | Path, *, format: str = FORMAT) -> None:
             CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
         },
     )
+
+
+def _check_complete(model: MambaLM) -> None:
+    """Refuses what `load` could not read: parameters that do not follow from the configuration."""
+    with torch.device("meta"):
+        expected = MambaLM(model.config).state_dict()
+    state = model.state_dict()
+    for name in [*state, *expected]:
+        if name not in expected or name not in state:
+            what = "has the unknown" if name in state else "misses"
+            raise ValueError(
+                f"this model {what} {name!r} and could not be loaded again; merge adapters before saving "
+                "(peft's merge_and_unload), and undo other changes to its modules."
+            )
+        shape, asked = tuple(state[name].shape), tuple(expected[name].shape)
+        if shape != asked:
+            raise ValueError(f"{name} has shape {shape}, but model.config asks for {asked}; set it to what there is.")
 
 
 def _own(model: MambaLM) -> tuple[dict[str, Tensor], dict[str, Any], str]:
@@ -296,14 +314,22 @@ def is_ours(folder: Path) -> bool:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {CONFIG}; give a folder that model.save(), training or transformers wrote."
-        )
+        raise FileNotFoundError(f"{folder} has no {CONFIG}; {_advice(folder)}.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}); it is truncated or of another program.") from error
     return values if isinstance(values, dict) else {}
+
+
+def _advice(folder: Path) -> str:
+    """What to do about a folder that is no checkpoint."""
+    if (folder / "adapter_config.json").is_file():
+        return "it holds an adapter of peft: load its model, and give that and the adapter to peft.PeftModel"
+    below = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if below:
+        return f"a folder in it has one, {below[-1]}"
+    return "give a folder that model.save(), training or transformers wrote"
 
 
 def _configuration(folder: Path, values: Mapping[str, Any]) -> tuple[Family | None, ModelConfig]:

@@ -1,15 +1,19 @@
 """Checkpoints of other programs on the command line: generate from them, convert them there and back."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dualscan
+from dualscan.interop import register_with_transformers
 from tests.models.families.cases import CASES, VOCABULARY, saved
 
 Command = Callable[..., tuple[int, str, str]]
@@ -109,6 +113,38 @@ def test_convert_a_run(command: Command, run: Path, tmp_path: Path) -> None:
     assert model.source is not None
     assert model.source.family == "mamba_ssm"
     assert model.embedding.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("to", ["mamba2", "dualscan_hf"])
+def test_transformers_writes_as_the_run(command: Command, run: Path, tmp_path: Path, to: str) -> None:
+    """With the tokenizer beside it, and knowing where a text ends: nothing more to say to transformers."""
+    written = command("generate", run, "--prompt", "1 and", "--max-tokens", 9, "--temperature", 0)[1]
+    assert command("convert", run, tmp_path / "there", "--to", to)[0] == 0
+    register_with_transformers()
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "there")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "there")
+    special = (model.generation_config.eos_token_id, model.generation_config.pad_token_id, tokenizer.eos_token_id)
+    assert special == (256, 256, 256)
+    # Here a text begins with the end of the document before it.
+    ids = torch.tensor([[256, *tokenizer("1 and").input_ids]])
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)[0, 1:]
+    assert tokenizer.decode(made, skip_special_tokens=True) + "\n" == written
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == [
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    ]
+
+
+def test_convert_without_transformers(
+    command: Command, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights need no other program; the tokenizer stays ours, and that is said."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, _, err = command("convert", run, tmp_path / "there", "--to", "mamba2")
+    assert code == 0
+    assert 'pip install "dualscan[hf]"' in err
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {
+        *("config.json", "model.safetensors", "byte_tokenizer.json")
+    }
 
 
 def test_convert_refuses(command: Command, theirs: Path, tmp_path: Path) -> None:

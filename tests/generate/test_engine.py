@@ -143,6 +143,8 @@ def test_no_tokens(model):
         ([], ValueError, "no prompt"),
         ([torch.zeros(0, dtype=torch.int64)], ValueError, "prompt 0 is empty"),
         (torch.zeros(1, 4), TypeError, r"dtype torch\.float32"),
+        ([[1, 2, 3]], TypeError, r"prompt 0 is of type list; pass tensors: torch\.tensor\(tokenizer\.encode"),
+        ("some text", TypeError, r"prompt 0 is of type str"),
         ([torch.zeros(1, 4, dtype=torch.int64)], ValueError, r"prompt 0 has shape \(1, 4\)"),
     ],
 )

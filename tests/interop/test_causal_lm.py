@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Mamba2Config, StaticCache
 
 import dualscan
 from dualscan.generate.engine import generate
@@ -167,6 +167,18 @@ def test_the_way_back_to_this_package(tmp_path: Path) -> None:
     wrapped.model.save(tmp_path)
     tokens = torch.randint(VOCAB, (2, 9))
     assert torch.equal(dualscan.load(tmp_path)(tokens).logits[..., :VOCAB], wrapped(tokens).logits)
+
+
+def test_special_tokens_of_the_checkpoint(tmp_path: Path) -> None:
+    """A model from another program's checkpoint ends its texts where that does, unless it is told otherwise."""
+    sizes = {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8, "num_hidden_layers": 1}
+    config = Mamba2Config(**sizes, eos_token_id=7)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    ours = dualscan.load(tmp_path)
+    generation = DualscanForCausalLM.from_model(ours).generation_config
+    expected = (config.bos_token_id, 7, config.pad_token_id)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == expected
+    assert DualscanForCausalLM.from_model(ours, eos_token_id=9).generation_config.eos_token_id == 9
 
 
 def test_a_new_model_from_its_configuration() -> None:

@@ -182,6 +182,37 @@ def test_missing_files(tmp_path: Path) -> None:
         dualscan.load(tmp_path)
 
 
+def test_folders_that_hold_something_else(tmp_path: Path) -> None:
+    for step in (9, 10):
+        model_of().save(tmp_path / "run" / f"step-{step:06d}")
+    with pytest.raises(FileNotFoundError, match=r"run has no config.json; a folder in it has one, .*step-000010\."):
+        dualscan.load(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"config.json is a file; give the folder"):
+        dualscan.load(tmp_path / "run" / "step-000009" / "config.json")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"adapter has no config.json; it holds an adapter of peft"):
+        dualscan.load(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("format", ["dualscan", "dualscan_hf"])
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, format: str) -> None:
+    """Unmerged adapters, a projection that is gone, an embedding that grew behind the configuration's back."""
+    model = model_of()
+    model.get_submodule("layers.0.mixer.in_proj").register_parameter("lora_A", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(ValueError, match=r"unknown 'layers.0.mixer.in_proj.lora_A'.*merge_and_unload"):
+        model.save(tmp_path / "out", format=format)
+    model = model_of()
+    model.get_submodule("layers.0.mixer").register_module("in_proj", torch.nn.Identity())
+    with pytest.raises(ValueError, match=r"misses 'layers.0.mixer.in_proj.weight'"):
+        model.save(tmp_path / "out", format=format)
+    model = model_of()
+    model.embedding = torch.nn.Embedding(80, 32)
+    with pytest.raises(ValueError, match=r"embedding.weight has shape \(80, 32\), but model.config .* \(64, 32\)"):
+        model.save(tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
