@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ops import figure10
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
@@ -159,7 +161,7 @@ def block_operator(job: str) -> str:
 
 def selective_scan() -> str:
     """Mamba's scan on the CPU beside transformers' and SSD of the same width."""
-    records = load("selective_scan")
+    records = [r for r in load("selective_scan") if r["device"].startswith("cpu")]
     impls = list(dict.fromkeys(r["impl"] for r in records))
     rows = []
     for shape, pass_ in dict.fromkeys((r["shape"], r["pass"]) for r in records):
@@ -168,6 +170,23 @@ def selective_scan() -> str:
             [f"{shape}, {PASSES[pass_]}", *(f"{found[impl]:.3g} ms" if impl in found else "" for impl in impls)]
         )
     return markdown(["", *impls], rows) + _origin(records)
+
+
+def selective_scan_gpu() -> str:
+    """Mamba's scan on a GPU beside mamba_ssm's CUDA kernel and SSD of the same width."""
+    records = [r for r in load("selective_scan") if not r["device"].startswith("cpu")]
+    impls = list(dict.fromkeys(r["impl"] for r in records))
+    rows = []
+    for shape, pass_ in dict.fromkeys((r["shape"], r["pass"]) for r in records):
+        found = {r["impl"]: r for r in records if (r["shape"], r["pass"]) == (shape, pass_)}
+        cells = [
+            f"{found[impl]['kernel_ms']:.3g} ms, {found[impl]['peak_mib']:.0f} MiB" if impl in found else ""
+            for impl in impls
+        ]
+        mine = found["dualscan"]
+        ratio = f"{mine['ratio']:.2f}x" if "ratio" in mine else ""
+        rows.append([f"{shape}, {PASSES[pass_]}", *cells, ratio, f"{max(mine['error'].values()):.1e}"])
+    return markdown(["", *impls, "to mamba_ssm", "largest error"], rows) + _origin(records)
 
 
 def sma() -> str:
@@ -207,6 +226,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ssd_shapes": ssd_shapes,
     "sma": sma,
     "selective_scan": selective_scan,
+    "selective_scan_gpu": selective_scan_gpu,
     "in_transformers": in_transformers,
     **{job: partial(block_operator, job) for job in ("conv1d", "norm", "loss")},
 }
@@ -273,6 +293,8 @@ def main(argv: list[str] | None = None) -> int:
         page.write_text(fill(page.read_text("utf-8")), encoding="utf-8")
         print("wrote", page.relative_to(ROOT))
     plot_lengths(IMAGES / "prefill.png")
+    if records := load(figure10.JOB):
+        figure10.plot(records, IMAGES / "figure10.png")
     return 0
 
 
