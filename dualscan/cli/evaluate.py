@@ -8,11 +8,11 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from dualscan.cli._support.arguments import parse
+from dualscan.cli._support.checkpoints import find
 from dualscan.data.packing import TokenStream
 from dualscan.data.sources import documents
 from dualscan.data.tokenizer import load_tokenizer
 from dualscan.models.weights import load
-from dualscan.train import checkpoint
 from dualscan.train.config import Precision
 from dualscan.train.evaluate import evaluate
 from dualscan.train.runtime import pick_device, pick_precision
@@ -23,7 +23,7 @@ class EvalArguments:
     """Bits per byte and perplexity of a model on a text.
 
     Attributes:
-        folder: a run's folder (its newest checkpoint) or a checkpoint's.
+        folder: a run's folder (its newest checkpoint) or a checkpoint's, also of transformers or mamba_ssm.
         file: text file, JSON lines (.gz, .xz, .zst too) or a folder of them.
         seqlen: tokens in a window; the state starts afresh at each.
         batch_size: windows read at once.
@@ -44,7 +44,7 @@ class EvalArguments:
 def main(argv: Sequence[str]) -> int:
     """Prints the result to stdout; returns the exit code."""
     arguments = parse(EvalArguments, argv, prog="dualscan eval")
-    folder = checkpoint.find(arguments.folder)
+    folder = find(arguments.folder)
     tokenizer = load_tokenizer(folder)
     source = TokenStream.from_documents(documents(arguments.file), tokenizer)
     device = pick_device(arguments.device)

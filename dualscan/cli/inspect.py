@@ -10,13 +10,13 @@ import torch
 from tyro.conf import Positional
 
 from dualscan.cli._support.arguments import parse
+from dualscan.cli._support.checkpoints import find
 from dualscan.data.tokenizer import load_tokenizer
 from dualscan.inspect.page import token_labels, write_page
 from dualscan.inspect.report import inspect
 from dualscan.models.accounting import parameters
 from dualscan.models.config import ModelConfig
 from dualscan.models.weights import load
-from dualscan.train import checkpoint
 from dualscan.train.runtime import pick_device
 
 
@@ -25,7 +25,7 @@ class InspectArguments:
     """Write a page that shows what a model's layers mix at one text; it opens without a network.
 
     Attributes:
-        folder: a run's folder (its newest checkpoint) or a checkpoint's.
+        folder: a run's folder (its newest checkpoint) or a checkpoint's, also of transformers or mamba_ssm.
         text: the text to look at.
         out: the HTML file to write.
         resolution: cells a side of a head's map at most; a longer text has several tokens a cell.
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(InspectArguments, argv, prog="dualscan inspect")
     if not arguments.text:
         raise ValueError('text="" is empty; give --text the words to look at.')
-    folder = checkpoint.find(arguments.folder)
+    folder = find(arguments.folder)
     tokenizer = load_tokenizer(folder)
     # A text stands at the beginning of a document, as in `dualscan generate`.
     tokens = [tokenizer.eos_id, *tokenizer.encode(arguments.text)]

@@ -44,6 +44,22 @@ class DualscanConfig(PreTrainedConfig):
             values.pop(name, None)
         super().__init__(**values)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers does it, but not from the settings of another kind of model.
+
+        Raises:
+            ValueError: a configuration that `DualscanForCausalLM.save_pretrained` did not write.
+        """
+        kind = config_dict.get("model_type")
+        if kind != MODEL_TYPE:
+            what = f"is of the type {kind!r}" if kind else "has no model_type"
+            raise ValueError(
+                f"this config.json {what}, which DualscanForCausalLM did not write; use "
+                "DualscanForCausalLM.from_model(dualscan.load(folder))."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def model_config(self) -> ModelConfig:
         """The same as a `ModelConfig`, validated."""
@@ -100,7 +116,12 @@ class DualscanForCausalLM(PreTrainedModel, GenerationMixin):
             model: trained or loaded by this package.
             **values: further settings of `DualscanConfig`, such as `eos_token_id`; the ids of special tokens are by
                 default those of the checkpoint that the model was loaded from.
+
+        Raises:
+            TypeError: something else than a `MambaLM`.
         """
+        if not isinstance(model, MambaLM):
+            raise TypeError(f"from_model takes a MambaLM, not a {type(model).__name__}; dualscan.load returns one.")
         known = {} if model.source is None else model.source.config
         special = {name: known[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in known}
         with torch.device("meta"):

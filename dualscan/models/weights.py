@@ -210,9 +210,11 @@ def load(
     Raises:
         FileNotFoundError: no such folder or repository, or a file is missing.
         OSError: the hub cannot be reached.
-        ValueError: a truncated file, a checkpoint of an unknown family or one that is out of reach, or tensors that do
-            not fit the configuration.
+        ValueError: a truncated file, a checkpoint of an unknown family or one that is out of reach, tensors that do
+            not fit the configuration, or a device that is not here.
+        TypeError: a dtype that is none of PyTorch's for real numbers.
     """
+    _check_target(dtype, device)
     folder = hub.find(folder, revision=revision)
     values = _read_config(folder)
     if norm_groups is not None:
@@ -247,6 +249,17 @@ def load(
     model.eval()
     # Also where nothing is asked for: it brings decay rates and norm weights that somebody cast back to float32.
     return model.to(dtype=dtype)
+
+
+def _check_target(dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+    """Before anything is fetched or read: the dtype and the device that are asked for."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype={dtype!r} must be a floating-point torch.dtype such as torch.bfloat16, or None.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device={str(device)!r} cannot be used here ({reason}); None is the CPU.") from error
 
 
 def _check(

@@ -88,6 +88,18 @@ def test_a_checkpoint_without_a_tokenizer(command: Command, theirs: Path, tmp_pa
     assert command("generate", theirs, *options)[0] == 0
 
 
+def test_other_commands_read_shards_of_transformers(command: Command, theirs: Path, tmp_path: Path) -> None:
+    index = {"weight_map": dict.fromkeys(load_file(theirs / "model.safetensors"), "model-1.safetensors")}
+    (tmp_path / "text.txt").write_text("ABBA " * 9, encoding="utf-8")
+    whole = command("eval", theirs, tmp_path / "text.txt", "--json")[1]
+    (theirs / "model.safetensors").rename(theirs / "model-1.safetensors")
+    (theirs / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    code, shards, _ = command("eval", theirs, tmp_path / "text.txt", "--json")
+    assert (code, shards) == (0, whole)
+    code, _, _ = command("inspect", theirs, "--text", "AB", "--out", tmp_path / "page.html")
+    assert (code, (tmp_path / "page.html").is_file()) == (0, True)
+
+
 def test_convert_there_and_back(command: Command, theirs: Path, tmp_path: Path) -> None:
     code, _, err = command("convert", theirs, tmp_path / "ours")
     assert code == 0

@@ -280,6 +280,18 @@ def test_messages(tmp_path: Path) -> None:
         DualscanConfig(**{**SIZES, "headdim": 7})
 
 
+def test_what_was_not_written_for_it(tmp_path: Path) -> None:
+    """Folders of our own format and of other families go through `dualscan.load`."""
+    own = dualscan.MambaLM(dualscan.preset("tiny"))
+    own.save(tmp_path / "own")
+    own.save(tmp_path / "mamba2", format="mamba2")
+    for name, words in (("own", "has no model_type"), ("mamba2", "is of the type 'mamba2'")):
+        with pytest.raises(ValueError, match=rf"{words}.*DualscanForCausalLM.from_model\(dualscan.load\(folder\)\)"):
+            DualscanForCausalLM.from_pretrained(tmp_path / name)
+    with pytest.raises(TypeError, match="takes a MambaLM, not a DualscanForCausalLM"):
+        DualscanForCausalLM.from_model(model("M"))  # pyrefly: ignore[bad-argument-type]
+
+
 @pytest.mark.parametrize("fault", ["misses 'model.layers.0.mixer.D' and 1 more", "has the unknown 'model.extra'"])
 def test_weights_of_another_model_are_refused(fault: str, tmp_path: Path) -> None:
     model("MM").save_pretrained(tmp_path)

@@ -62,6 +62,19 @@ def test_load_in_another_dtype(tmp_path: Path) -> None:
     same(dualscan.load(str(tmp_path), dtype=torch.float64, device="cpu"), model_copy(tmp_path).double())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.complex64])
+def test_dtypes_that_are_none(tmp_path: Path, dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"dtype=.* must be a floating-point torch.dtype such as torch.bfloat16"):
+        dualscan.load(tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["gpu", "mtia:3"])
+def test_devices_that_are_not_here(tmp_path: Path, device: str) -> None:
+    with pytest.raises(ValueError, match=f"device='{device}' cannot be used here .*; None is the CPU") as raised:
+        dualscan.load(tmp_path, device=device)
+    assert "\n" not in str(raised.value)
+
+
 def model_copy(folder: Path) -> MambaLM:
     model = MambaLM(dualscan.load(folder).config)
     model.load_state_dict(load_file(folder / "model.safetensors"))
