@@ -1,11 +1,12 @@
 """Checkpoints by name: a folder on disk, or a repository of the Hugging Face hub, fetched when it is asked for."""
 
 import re
+from functools import partial
 from pathlib import Path
 
-# What a checkpoint consists of, for us: configuration and tokenizer, weights.
+# What a checkpoint consists of, for us: configuration and tokenizer, and weights in one of two formats.
 _SETTINGS = ["*.json", "tokenizer.model", "*.txt", "*.jinja"]
-_WEIGHTS = ["*.safetensors", "pytorch_model*.bin"]
+_SAFETENSORS, _PICKLES = "*.safetensors", "pytorch_model*.bin"
 # The same weights once more, in formats that are not read.
 _OTHERS = ["consolidated*", "original/*", "*.gguf"]
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -41,8 +42,12 @@ def find(name: str | Path, *, revision: str | None = None, weights: bool = True)
             f"{name} is no folder here; to fetch it from the hub, pip install 'dualscan[hf]' (huggingface_hub)."
         ) from error
     try:
-        wanted = _SETTINGS + (_WEIGHTS if weights else [])
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_OTHERS))
+        fetch = partial(snapshot_download, name, revision=revision, ignore_patterns=_OTHERS)
+        found = Path(fetch(allow_patterns=[*_SETTINGS, _SAFETENSORS] if weights else _SETTINGS))
+        # Many repositories hold both formats, of which one is enough.
+        if weights and not any(found.glob(_SAFETENSORS)):
+            found = Path(fetch(allow_patterns=[*_SETTINGS, _PICKLES]))
+        return found
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(

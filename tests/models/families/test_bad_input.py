@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -240,6 +241,29 @@ def test_a_repository_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {"*.safetensors", "*.json"} <= set(asked["allow_patterns"])
     assert load_config("someone/something") == model.config
     assert not any("safetensors" in what or "bin" in what for what in asked["allow_patterns"])
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_one_format_of_a_repository_is_fetched(pickled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickles only where there are no safetensors; both would be twice the size."""
+    import huggingface_hub
+
+    theirs, cache = saved(MAMBA2, tmp_path / "repository"), tmp_path / "cache"
+    torch.save(theirs.state_dict(), tmp_path / "repository" / "pytorch_model.bin")
+    if pickled:
+        (tmp_path / "repository" / WEIGHTS).unlink()
+
+    def snapshot(name: str, *, allow_patterns: list[str], **options: Any) -> str:
+        cache.mkdir(exist_ok=True)
+        for path in {path for pattern in allow_patterns for path in (tmp_path / "repository").glob(pattern)}:
+            shutil.copyfile(path, cache / path.name)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    model = dualscan.load("someone/something")
+    assert torch.equal(model.embedding.weight, theirs.state_dict()["backbone.embeddings.weight"])
+    weights = {path.name for path in cache.iterdir()} & {WEIGHTS, "pytorch_model.bin"}
+    assert weights == ({"pytorch_model.bin"} if pickled else {WEIGHTS})
 
 
 def test_no_such_repository(monkeypatch: pytest.MonkeyPatch) -> None:
