@@ -48,7 +48,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
         def allocate(*args, **kwargs):
             out = real(*args, **kwargs)
             if out.is_floating_point() and out.device.type != "meta" and type(out) is torch.Tensor:
-                out.fill_(float("nan"))
+                out.detach().fill_(float("nan"))  # detached: PyTorch's own checkpoints make a leaf this way
             return out
 
         return allocate
