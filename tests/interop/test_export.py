@@ -19,9 +19,9 @@ SEQLEN, BATCH = 70, 2  # more than a chunk, and not a multiple
 
 def model(pattern: str) -> dualscan.MambaLM:
     sizes: dict[str, Any] = {"d_model": 32, "vocab_size": 61, "d_state": 8, "headdim": 16, "n_heads": 4, "ngroups": 2}
-    experts = {"n_experts": 4, "experts_per_token": 2, "d_expert": 8}
+    others = {"n_experts": 4, "experts_per_token": 2, "d_expert": 8, "inner_norms": True, "inner_norm_weights": False}
     built = dualscan.MambaLM(
-        dualscan.ModelConfig(**sizes, **experts, pattern=pattern, rope_theta=1e4, adapter_rank=4)
+        dualscan.ModelConfig(**sizes, **others, pattern=pattern, rope_theta=1e4, adapter_rank=4)
     ).eval()
     with torch.no_grad():
         for p in built.parameters():
