@@ -14,11 +14,10 @@ GREEDY = Sampling(temperature=0)
 
 
 def model(pattern: str, device: str) -> MambaLM:
+    """With an output projection of its own: the embedding makes a token the likeliest to follow itself."""
     torch.manual_seed(1)
-    model = MambaLM(ModelConfig(d_model=64, pattern=pattern, vocab_size=37, d_state=16, headdim=16))
-    with torch.no_grad():
-        model.embedding.weight.mul_(20)
-    return model.to(device)
+    sizes = {"d_model": 64, "vocab_size": 37, "d_state": 16, "headdim": 16}
+    return MambaLM(ModelConfig(pattern=pattern, tie_embeddings=False, **sizes)).to(device)
 
 
 def test_a_cpu_records_nothing() -> None:
@@ -51,8 +50,8 @@ def test_replayed_steps_equal_steps(
     monkeypatch.setattr(graph, "LEAST_STEPS", 1000)
     stepped = list(stream(lm, prompts, max_tokens=40, sampling=GREEDY))
     assert torch.equal(torch.stack(replayed), torch.stack(stepped))
-    # The rows are far from each other, so that a state that is not carried on would show.
-    assert torch.stack(stepped).unique(dim=0).shape[0] > 5
+    # A text that goes on and on, so that a state that is not carried on would show.
+    assert torch.stack(stepped).unique(dim=0).shape[0] > 30
 
 
 @pytest.mark.cuda
