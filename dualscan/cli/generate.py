@@ -27,6 +27,7 @@ class GenerateArguments:
     Attributes:
         folder: a run's folder (its newest checkpoint) or a checkpoint's, also of transformers or mamba_ssm.
         model: instead of a folder, a folder or a repository of the Hugging Face hub, which is fetched.
+        revision: branch, tag or commit of the model's repository.
         tokenizer: a folder, a file or a repository with a tokenizer, where the checkpoint has none.
         prompt: what the text begins with.
         max_tokens: tokens to make at most.
@@ -43,6 +44,7 @@ class GenerateArguments:
 
     folder: Positional[Path | None] = None
     model: str | None = None
+    revision: str | None = None
     tokenizer: str | None = None
     prompt: str = ""
     max_tokens: int = 400
@@ -72,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
             "give a folder, or --model with a folder or a repository of the hub, and not both; "
             "`dualscan generate --help` lists the options."
         )
-    folder = find(arguments.folder or arguments.model or "")
+    folder = find(arguments.folder or arguments.model or "", revision=arguments.revision)
     tokenizer = tokenizer_of(folder, arguments.tokenizer)
     model = load(folder, dtype=_DTYPES[arguments.dtype], device=pick_device(arguments.device))
     pieces = stream_text(

@@ -71,6 +71,22 @@ def test_folders_of_our_models_in_transformers(command: Command, run: Path, tmp_
     assert command("generate", tmp_path / "ours", *options)[1] == written
 
 
+def test_generate_from_a_revision_of_a_repository(
+    command: Command, theirs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def snapshot(name: str, *, revision: str | None, **options: Any) -> str:
+        asked.append((name, revision))
+        return str(theirs)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    options = ("--prompt", "AB", "--max-tokens", 3, "--temperature", 0)
+    code, out, _ = command("generate", "--model", "someone/something", "--revision", "v1", *options)
+    assert (code, out) == (0, command("generate", theirs, *options)[1])
+    assert asked == [("someone/something", "v1")]
+
+
 def test_generate_wants_one_model(command: Command, theirs: Path) -> None:
     for arguments in ((), (theirs, "--model", theirs)):
         code, _, err = command("generate", *arguments)
