@@ -284,9 +284,10 @@ def backward_kernel(
     seqlen: tl.int32, channels: tl.int32, nseq: tl.int32, segment: tl.int32, segments: tl.int32,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, ADJACENT: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, LIKE_X: tl.constexpr,
 ):  # fmt: skip
-    """As `forward_kernel`. `partial` is (segments * batch, WIDTH + HAS_BIAS, channels) float32."""
+    """As `forward_kernel`. `partial` is (segments * batch, WIDTH + HAS_BIAS, channels) float32; `dx` lies in plain
+    order, or with LIKE_X as x does."""
     channels, x_b, x_l, dy_b, dy_l = channels * ALIGN, x_b * ALIGN, x_l * ALIGN, dy_b * ALIGN, dy_l * ALIGN
     wide = channels.to(tl.int64)  # as a stride
     blocks = tl.cdiv(channels, BLOCK)
@@ -297,7 +298,8 @@ def backward_kernel(
     high = tl.minimum(low + segment, seqlen)
     x += batch * x_b + (c if ADJACENT else c * x_c)
     dy += batch * dy_b + (c if ADJACENT else c * dy_c)
-    dx += batch * seqlen * wide + c
+    dx_l = x_l if LIKE_X else wide
+    dx += (batch * x_b if LIKE_X else batch * seqlen * wide) + c
     taps, dshift = filter_of(weight, bias, c, w_c, w_j, inside, WIDTH, HAS_BIAS)
     shift = dshift
     dshift = tl.zeros([BLOCK], tl.float32)
@@ -313,7 +315,7 @@ def backward_kernel(
                 dy, x, dx, initial + sequence * s_n + c * s_c if HAS_INITIAL else initial,
                 dinitial + sequence * wide * HALO + c if HAS_INITIAL else dinitial,
                 dfinal + sequence * df_n + c * df_c if HAS_DFINAL else dfinal, taps, shift, dtaps, dshift, inside,
-                tl.maximum(low, begin), tl.minimum(high, end), begin, end, dy_l, x_l, wide, s_k, wide, df_k,
+                tl.maximum(low, begin), tl.minimum(high, end), begin, end, dy_l, x_l, dx_l, s_k, wide, df_k,
                 WIDTH, ROWS, SILU, HAS_INITIAL, HAS_DFINAL,
             )  # fmt: skip
     else:
@@ -321,7 +323,7 @@ def backward_kernel(
             dy, x, dx, initial + batch * s_n + c * s_c if HAS_INITIAL else initial,
             dinitial + batch * wide * HALO + c if HAS_INITIAL else dinitial,
             dfinal + batch * df_n + c * df_c if HAS_DFINAL else dfinal, taps, shift, dtaps, dshift, inside,
-            low, high, 0, seqlen, dy_l, x_l, wide, s_k, wide, df_k,
+            low, high, 0, seqlen, dy_l, x_l, dx_l, s_k, wide, df_k,
             WIDTH, ROWS, SILU, HAS_INITIAL, HAS_DFINAL,
         )  # fmt: skip
     partial += piece * (WIDTH + HAS_BIAS) * wide + c
@@ -412,13 +414,18 @@ def step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tenso
 
 def backward(
     dy: Tensor, dfinal_states: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None,
-    cu_seqlens: Tensor | None, silu: bool,
+    cu_seqlens: Tensor | None, silu: bool, *, dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`dx, dweight, dbias, dinitial_states`, as `chunked.backward` has them."""
+    """`dx, dweight, dbias, dinitial_states`, as `chunked.backward` has them.
+
+    With a `dx` of x's strides, whose channels are adjacent, the gradient goes there.
+    """
     batch, _, channels = x.shape
     width = weight.shape[1]
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    like_x = dx is not None
+    if dx is None:
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
     dinitial = None
@@ -440,7 +447,7 @@ def backward(
         _backward(
             cut.grid, (dy, x, weight, bias, initial_states, cu_seqlens, dfinal, dx, dinitial, partial),
             (*cut.strides(x), *weight.stride(), *states, *cut.strides(dy), *dstates, *cut.sizes(x, nseq)),
-            (width, *cut.constants, *present, cu_seqlens is not None), cut.warps,
+            (width, *cut.constants, *present, cu_seqlens is not None, like_x), cut.warps,
         )  # fmt: skip
         sum_partials(partial, dweight, dbias)
     dstates = absent if dinitial is None else dinitial.transpose(1, 2)

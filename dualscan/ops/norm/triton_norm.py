@@ -80,9 +80,11 @@ def backward_kernel(
     dy, x, z, weight, dx, dz, partial,
     dy_row: tl.int64, x_row: tl.int64, z_row: tl.int64, rows: tl.int32, width: tl.int32, eps: tl.float32,
     GATE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, LIKE_Z: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(programs, groups)`; `partial` is (programs, 1, width) float32. Strides and width count in ALIGN."""
+    """Grid `(programs, groups)`; `partial` is (programs, 1, width) float32. Strides and width count in ALIGN.
+
+    dx and dz lie in plain order, dz with LIKE_Z as z does."""
     c = tl.arange(0, CHUNK)[None, :]
     column = tl.program_id(1) * GROUP + c
     dweight = ()
@@ -141,7 +143,8 @@ def backward_kernel(
                     h = outer * factor
                     dz_out, dx_out = h * normed * slope, h * gate * inverse - u * share
                     outer *= gate
-                tl.store(dz + place, dz_out.to(dz.dtype.element_ty), mask=live)
+                dz_place = r.to(tl.int64) * (z_row * ALIGN) + column + i * CHUNK if LIKE_Z else place
+                tl.store(dz + dz_place, dz_out.to(dz.dtype.element_ty), mask=live)
             tl.store(dx + place, dx_out.to(dx.dtype.element_ty), mask=live)
             sums = sums + (dweight[i] + outer * normed,)
         dweight = sums
@@ -187,11 +190,17 @@ def forward(x: Tensor, z: Tensor | None, weight: Tensor, group_size: int, norm_b
 
 
 def backward(
-    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, group_size: int, norm_before_gate: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`dx, dz, dweight` in their tensors' dtypes; `dz` has no elements without a gate."""
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, group_size: int, norm_before_gate: bool, eps: float,
+    *, dz: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`dx, dz, dweight` in their tensors' dtypes; `dz` has no elements without a gate.
+
+    With a `dz` of z's strides, whose rows are evenly spaced, the gate's gradient goes there.
+    """
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    like_z = dz is not None
+    if dz is None and z is not None:
+        dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     if x.numel() == 0:
         return dx, x.new_empty(0) if dz is None else dz, dweight.zero_()
@@ -209,7 +218,7 @@ def backward(
         _backward(
             (programs, groups, 1), (dy, x, z, weight.contiguous(), dx, dz, partial),
             (dy.stride(0) // align, x.stride(0) // align, z_row // align, rows, width // align, eps),
-            (gate, group_size, height, chunk, chunks, align), warps,
+            (gate, group_size, height, chunk, chunks, align, like_z), warps,
         )  # fmt: skip
         sum_partials(partial, None, dweight)
     return dx, x.new_empty(0) if dz is None else dz, dweight

@@ -19,6 +19,7 @@ W from the same float32 products, so that what must cancel in the suffix sum can
 nothing decays. The shorter y · dy - x · dx of stored low-precision tensors would lose it.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -30,9 +31,11 @@ from dualscan.ops import _triton
 from dualscan.ops.ssd import configs, triton_hopper
 from dualscan.ops.ssd.triton_scan import LOWEST, RESIDENT, Call, load_tile, step_size
 
-# Bytes of chunk states that the backward keeps at once, if that costs no time; and the step of its slices of heads:
-# 16 bytes of the narrowest dtype.
+# Bytes of chunk states that the backward keeps at once: for whole groups of heads, which cost nothing to take one after
+# the other, and for parts of one, which cost a tenth of the time and more. And the step of such parts: 16 bytes of the
+# narrowest dtype.
 SCRATCH = 2**28
+SCRATCH_OF_A_GROUP = 2**31
 HEADS_STEP = 8
 
 
@@ -246,9 +249,12 @@ def total_kernel(
 def backward(
     dy: Tensor | None, dfinal: Tensor | None, x: Tensor, dt: Tensor | None, decay: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, dt_bias: Tensor | None, initial_states: Tensor | None, cu_seqlens: Tensor | None,
-    dt_softplus: bool, dt_min: float, dt_max: float,
+    dt_softplus: bool, dt_min: float, dt_max: float, *, into: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x, dt, decay, B, C, D, dt_bias and initial_states; an empty tensor for an argument that was None."""
+    """Gradients of x, dt, decay, B, C, D, dt_bias and initial_states; an empty tensor for an argument that was None.
+
+    `into` has memory for some of them, by the names of `Tensors`, with adjacent elements in the last dimension.
+    """
     if x.numel() == 0:
         dstates = x.new_empty(0) if initial_states is None else torch.zeros_like(initial_states)
         if initial_states is not None and dfinal is not None:
@@ -261,7 +267,13 @@ def backward(
         x, B, C = (_triton.rows_last(t) for t in (x, B, C))
         dy = dy if _triton.describable(dy) and dy.stride(-1) == 1 else dy.contiguous()
         inputs = Tensors(x, dt, decay, B, C, D, dt_bias, initial_states)
-        grads = Tensors(*(None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs))
+        given = into or {}
+        made = {
+            name: given[name] if name in given else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+            for name, t in inputs._asdict().items()
+            if t is not None
+        }
+        grads = result = Tensors(*map(made.get, Tensors._fields))
         slices = _slices(inputs, cu_seqlens)
         split = len(slices) > B.shape[2]
         if split:
@@ -274,8 +286,9 @@ def backward(
                 None if dfinal is None else dfinal[:, first:last], cu_seqlens, (dt_softplus, (dt_min, dt_max)), add,
             )  # fmt: skip
         if split:
-            grads = grads._replace(B=grads.B.to(B.dtype), C=grads.C.to(C.dtype))
-    return tuple(x.new_empty(0) if t is None else t for t in grads)
+            result.B.copy_(grads.B)
+            result.C.copy_(grads.C)
+    return tuple(x.new_empty(0) if t is None else t for t in result)
 
 
 class Tensors(NamedTuple):
@@ -312,19 +325,24 @@ def _slices(inputs: Tensors, cu_seqlens: Tensor | None) -> list[tuple[int, int]]
     chunk_states = 2 * configs.power_of_two(d_state) * blocks * config.columns * inputs.x.element_size()
     a_head = _triton.cdiv(batch * seqlen, config.chunk) * chunk_states
     slots = RESIDENT * _triton.multiprocessors(inputs.x.device)
-    return head_slices(nheads, ngroups, _heads_at_once(nheads, nseq * blocks, a_head, slots))
+    return head_slices(nheads, ngroups, _heads_at_once(nheads, nheads // ngroups, nseq * blocks, a_head, slots))
 
 
-def _heads_at_once(nheads: int, programs: int, nbytes: int, slots: int) -> int:
+def _heads_at_once(nheads: int, per_group: int, programs: int, nbytes: int, slots: int) -> int:
     """Heads in a slice, of which each has `programs` and keeps `nbytes`: all, where `SCRATCH` holds them.
 
-    Else as many as fill the multiprocessors once, which takes no longer than all at once; or, where sequences are split
-    because all do not fill them, as many as the scratch memory holds. Steps of heads keep addresses aligned.
+    Else as many as fill the multiprocessors once; or, where sequences are split because all do not fill them, as many
+    as the scratch memory holds. Parts of a group only where there is no other way.
     """
     if nheads * nbytes <= SCRATCH:
         return nheads
     heads = slots // programs if nheads * programs >= slots else SCRATCH // nbytes
-    return min(max(heads // HEADS_STEP, 1) * HEADS_STEP, nheads)
+    if heads >= per_group:
+        return min(heads // per_group * per_group, nheads)
+    if per_group * nbytes <= SCRATCH_OF_A_GROUP:
+        return per_group
+    heads = SCRATCH_OF_A_GROUP // nbytes
+    return min(max(heads // HEADS_STEP, 1) * HEADS_STEP, per_group)
 
 
 def head_slices(nheads: int, ngroups: int, most: int) -> list[tuple[int, int]]:
@@ -345,7 +363,7 @@ def _slice(
     x, dt, decay, B, C, D, bias, initial = inputs
     initial, dlast = (None if t is None else t.contiguous() for t in (initial, dfinal))
     call = Call(x, dt, decay, B, C, bias, cu_seqlens is None, *steps)
-    call.prepare(cu_seqlens, dy, D, initial, dlast, *grads)
+    call.prepare(cu_seqlens, dy, D, initial, dlast, *grads[1:], result=grads.x)
     dinitial = grads.initial_states
     if dinitial is not None and not dinitial.is_contiguous():
         dinitial = call.last_states()

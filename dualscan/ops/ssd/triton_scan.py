@@ -262,11 +262,11 @@ _FAMILIES: dict[Hashable, Family] = {}
 MOST_FAMILIES = 512
 
 
-def _family(key: Hashable, call: "Call", nseq: int, described: tuple[Tensor, ...]) -> Family:
+def _family(key: Hashable, call: "Call", nseq: int, described: list[Tensor]) -> Family:
     x, B, headdim = call.x, call.B, call.x.shape[3]
     config = configs.choose(headdim, B.shape[3], x.dtype, _triton.capability(x.device))
     # Descriptors that are not pipelined (one stage) gave an illegal memory access once: such tiles take pointers.
-    # Nor do results whose heads are no multiple of 16 bytes have a descriptor, whatever the strides of the inputs.
+    # Nor does y have a descriptor whose heads are no multiple of 16 bytes, whatever the strides of the inputs.
     tma = call.dense and config.stages > 1 and _triton.has_tma(x.device) and _triton.describable(*described)
     tma = tma and headdim * x.element_size() % 16 == 0
     programs = nseq * x.shape[2] * _triton.cdiv(headdim, config.columns)
@@ -334,19 +334,21 @@ class Call:
     scale: Tensor = field(init=False)
     sums: Tensor = field(init=False)
 
-    def prepare(self, cu_seqlens: Tensor | None, dy: Tensor | None, *others: Tensor | None) -> None:
+    def prepare(
+        self, cu_seqlens: Tensor | None, dy: Tensor | None, *others: Tensor | None, result: Tensor | None = None
+    ) -> None:
         """Finds family and plan, and computes the step sizes and decay sums of every chunk.
 
-        `others` are the arguments besides the call's own that go to kernels.
+        `others` are the arguments besides the call's own that go to kernels, `result` the gradient of x.
         """
         x, kind = self.x, _triton.kind
         batch, seqlen, nheads, _ = x.shape
         nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        own = (x, self.dt, self.decay, self.B, self.C, self.bias, dy, *others)
+        own = (x, self.dt, self.decay, self.B, self.C, self.bias, dy, result, *others)
         key = (x.device, nseq, self.dense, self.softplus, self.limit, *map(kind, own))
         family = _FAMILIES.get(key)
         if family is None:
-            described = (x, self.B, self.C) if dy is None else (x, self.B, self.C, dy)
+            described = [t for t in (x, self.B, self.C, dy, result) if t is not None]
             family = _family(key, self, nseq, described)
         self.family, chunk = family, family.config.chunk
         self.plan = plan = _triton.plan(cu_seqlens, batch, seqlen, chunk, family.segment, x.device)

@@ -98,12 +98,14 @@ def test_slices_of_the_backward() -> None:
     assert head_slices(6, 2, 2) == [(0, 2), (2, 3), (3, 5), (5, 6)]
     assert head_slices(128, 8, 64) == [(0, 64), (64, 128)]
     assert head_slices(6, 3, 5) == [(0, 4), (4, 6)]
-    # All fit; one slice fills 264 places once; sequences are split, and the memory decides.
-    assert _heads_at_once(24, 16, 2**23, 264) == 24
-    assert _heads_at_once(80, 8, 2**23, 264) == 32
-    assert _heads_at_once(80, 1, 2**23, 264) == 32
-    assert _heads_at_once(80, 1, 2**26, 264) == 8
-    assert _heads_at_once(80, 1000, 2**26, 264) == 8
+    # All fit. Whole groups: as many as fill 264 places once, or as the memory holds where sequences are split.
+    assert _heads_at_once(24, 24, 16, 2**23, 264) == 24
+    assert _heads_at_once(128, 16, 4, 2**23, 264) == 64
+    assert _heads_at_once(128, 16, 1, 2**24, 264) == 16
+    # One group: all of it up to 2 GiB, then parts.
+    assert _heads_at_once(80, 80, 8, 2**23, 264) == 80
+    assert _heads_at_once(80, 80, 1, 2**26, 264) == 32
+    assert _heads_at_once(80, 80, 1, 2**30, 264) == 8
 
 
 def test_segments_fill_the_gpu() -> None:
