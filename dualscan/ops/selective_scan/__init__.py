@@ -24,14 +24,14 @@ OPERATOR = _dispatch.register(
             "numba": _numba.obstacle,
             **dict.fromkeys(("chunked", "recurrent"), _dispatch.anywhere),
         },
-        preference=("numba", "chunked"),  # the Triton kernels when they have been checked on a device, not before
+        preference=("triton", "numba", "chunked"),
     )
 )
 STEP_OPERATOR = _dispatch.register(
     _dispatch.Operator(
         name="selective_scan_step",
         impls={"triton": _triton.obstacle, "recurrent": _dispatch.anywhere},
-        preference=("recurrent",),  # as above
+        preference=("triton", "recurrent"),
     )
 )
 
@@ -83,9 +83,8 @@ def selective_scan(
         dt_softplus: applies softplus after the bias.
         initial_states: `(batch or nseq, channels, d_state)` float32, the state before the first token; None is zero.
         cu_seqlens: `(nseq + 1,)` int32 boundaries of sequences packed along time; batch must be 1.
-        impl: "auto", "triton" (kernels for NVIDIA GPUs, checked in Triton's interpreter only, which "auto" therefore
-            does not take), "numba" (kernels for CPUs; float32 and bfloat16), "chunked" (blocks of time, portable) or
-            "recurrent" (the oracle, twice differentiable).
+        impl: "auto", "triton" (kernels for NVIDIA GPUs), "numba" (kernels for CPUs; float32 and bfloat16), "chunked"
+            (blocks of time, portable) or "recurrent" (the oracle, twice differentiable).
 
     Returns:
         `SelectiveScanOutput(y, final_states)`: y like x; one float32 state a sequence, after its last token.
@@ -120,7 +119,7 @@ def selective_scan(
 
 
 def _form(impl: str, x: Tensor) -> str:
-    """The implementation that runs; `auto` leaves kernels that do not compute x's dtype, and says so on a GPU."""
+    """The implementation that runs; `auto` says once why it leaves the kernels on a GPU."""
     if impl == "triton" and _triton.interpreted():
         form = impl
     else:
@@ -131,8 +130,9 @@ def _form(impl: str, x: Tensor) -> str:
     if reason is not None and impl == form:
         raise ValueError(f"selective_scan: impl={impl!r} cannot run on these inputs: {reason}; use impl='auto'.")
     if impl == "auto" and x.is_cuda and not torch.compiler.is_compiling():
-        slow = reason or _triton.obstacle(x.device) or "its kernels were not checked on a device (impl='triton')"
-        _dispatch.announce_slow_path("selective_scan", "cuda", slow)
+        slow = reason or _triton.obstacle(x.device)
+        if slow is not None:
+            _dispatch.announce_slow_path("selective_scan", "cuda", slow)
     return form if reason is None else "chunked"
 
 
@@ -163,7 +163,8 @@ def selective_scan_step(
         z: like `x`, gate.
         dt_bias: `(channels,)`.
         dt_softplus: applies softplus after the bias.
-        impl: "auto", "triton" (one kernel for NVIDIA GPUs, without gradients; "auto" does not take it) or "recurrent".
+        impl: "auto", "triton" (one kernel for NVIDIA GPUs; "auto" leaves it where gradients are asked for) or
+            "recurrent".
 
     Returns:
         `SelectiveScanOutput(y, final_states)`: y like x, and the next state.

@@ -1,5 +1,6 @@
 """The kernels against the float64 recurrence: in Triton's interpreter, on a GPU as they are."""
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dualscan.ops.selective_scan import configs, library, selective_scan_step
+from dualscan.ops import _dispatch, _triton
+from dualscan.ops.selective_scan import OPERATOR, STEP_OPERATOR, configs, library, selective_scan_step
 from tests.ops.selective_scan.problems import CORNERS, scan_problem
 from tests.ops.selective_scan.test_boundary import arguments
 from tests.oracle import assert_close
@@ -29,17 +31,36 @@ SMALL: dict[str, dict[str, Any]] = {
     "one pack": {"lengths": [7], "channels": 4},
 }
 FEW = ["everything", "everything packed"]
-RUNS = [(name, torch.float32) for name in CORNERS]
-RUNS += [(name, dtype) for dtype in (torch.float16, torch.bfloat16)[: 1 + CUDA] for name in (CORNERS if CUDA else FEW)]
+# What segments change; on a GPU they take every corner.
+CUT = [
+    *FEW,
+    "plain",
+    "groups",
+    "odd sizes",
+    "equal packs",
+    "one token",
+    "no tokens",
+    "no batch",
+    "no packs",
+    "fast decay",
+]
+RUNS = [("whole", name, torch.float32) for name in CORNERS]
+RUNS += [("split", name, torch.float32) for name in (CORNERS if CUDA else CUT)]
+for dtype in (torch.float16, torch.bfloat16)[: 1 + CUDA]:
+    RUNS += [(tiles, name, dtype) for tiles in ("whole", "split") for name in (CORNERS if CUDA else FEW)]
 
 
-@pytest.fixture(params=["whole", "split"], autouse=True)
+@pytest.fixture(autouse=True)
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences whole or in segments of one tile; in the interpreter with few tokens a tile, for its time's sake."""
+    """Sequences in segments of one tile or whole; in the interpreter with few tokens a tile, for its time's sake."""
     rows = {} if CUDA else {"rows": 4}
-    split = {"resident": 10**9, "least": 1} if request.param == "split" else {"resident": 0.001}
+    whole = getattr(request, "param", "split") == "whole"
+    split = {"resident": 0.001} if whole else {"resident": 10**9, "least": 1}
     for name in ("FORWARD", "BACKWARD"):
         monkeypatch.setattr(configs, name, replace(getattr(configs, name), **rows, **split))
+
+
+whole_and_split = pytest.mark.parametrize("tiles", ["whole", "split"], indirect=True)
 
 
 def on_device(problem: Problem) -> Problem:
@@ -59,7 +80,7 @@ def compare(problem: Problem, dtype: torch.dtype) -> None:
     assert_matches(result, oracle, dtype=dtype, yardstick=yardstick)
 
 
-@pytest.mark.parametrize(("corner", "dtype"), RUNS)
+@pytest.mark.parametrize(("tiles", "corner", "dtype"), RUNS, indirect=["tiles"])
 def test_corners(corner: str, dtype: torch.dtype) -> None:
     small = {"d_state": 3, "batch": 1, "seqlen": 9, "channels": 5}
     sizes = CORNERS[corner] if CUDA else {**small, **CORNERS[corner], **SMALL.get(corner, {})}
@@ -68,7 +89,7 @@ def test_corners(corner: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("through", ["y", "final_states"])
 def test_gradients_through_one_result(through: str) -> None:
-    problem = scan_problem(seqlen=6, z=True, states=True)
+    problem = scan_problem(batch=1, seqlen=6, channels=4, d_state=2, z=True, states=True)
     oracle = evaluate(problem.double(), through=(through,), impl="recurrent")
     result = evaluate(on_device(problem), through=(through,), impl="triton")
     assert_matches({name: t.cpu() for name, t in result.items()}, oracle, dtype=torch.float32)
@@ -133,6 +154,14 @@ def test_float64_is_refused() -> None:
         on_device(problem)(impl="triton")
 
 
+def test_auto_takes_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    for capability, taken in (((9, 0), ["triton", "triton"]), ((7, 5), ["chunked", "recurrent"])):
+        monkeypatch.setattr(_triton, "capability", lambda device, known=capability: known)
+        assert [_dispatch.choose(operator, "auto", gpu) for operator in (OPERATOR, STEP_OPERATOR)] == taken
+
+
+@whole_and_split
 @pytest.mark.cuda
 def test_large_sizes_on_the_device() -> None:
     for dtype in (torch.float32, torch.bfloat16):
@@ -140,6 +169,7 @@ def test_large_sizes_on_the_device() -> None:
             seqlen=700, channels=192, d_state=16, dtype=dtype, D=True, z=True, dt_bias=True, states=True
         )
         expected = on_device(problem.double())(impl="chunked")
-        actual = on_device(problem)(impl="triton")
+        with warnings.catch_warnings(action="error"):  # no slow path is announced
+            actual = on_device(problem)()
         assert_close("y", actual.y, expected.y, dtype=dtype)
         assert_close("states", actual.final_states, expected.final_states, dtype=torch.float32)
