@@ -15,6 +15,7 @@ from dualscan.nn import init
 from dualscan.nn.features import FeatureMap
 from dualscan.nn.precision import Float32Parameters, apply_linear, is_plain_linear
 from dualscan.nn.step import mamba2_step
+from dualscan.ops import mixer
 from dualscan.ops._recompute import check_recompute, recomputed
 from dualscan.ops.conv1d import causal_conv1d
 from dualscan.ops.conv1d.validate import MAX_WIDTH
@@ -193,6 +194,8 @@ class Mamba2(Float32Parameters):
         zxbcdt = apply_linear(self.in_proj, u)
         if self.projection_scales is not None:
             zxbcdt = zxbcdt * self._scales(zxbcdt)
+        if self._fused(zxbcdt):
+            return self._mix_fused(zxbcdt, state, cu_seqlens)
         z, xBC, dt = zxbcdt.split([self.d_inner, self.conv1d.in_channels, self.nheads], dim=-1)
         convolve = partial(
             causal_conv1d,
@@ -211,6 +214,32 @@ class Mamba2(Float32Parameters):
         with self._kept(gated, gate):
             y = apply_linear(self.out_proj, gated)
         return y, Mamba2State(conv_state, ssm_state)
+
+    def _fused(self, zxbcdt: Tensor) -> bool:
+        """Whether one operator takes the place of three between the projections, which gives the same on a GPU."""
+        if not (zxbcdt.is_cuda and self.plain and self.recompute != "activations" and self.impl in ("auto", "triton")):
+            return False
+        return mixer.runs(zxbcdt, self.conv1d.weight, self.d_inner, self._mixer_sizes)
+
+    @property
+    def _mixer_sizes(self) -> mixer.Sizes:
+        norm = self.norm
+        assert norm is not None
+        norm_groups = self.d_inner // (norm.group_size or self.d_inner)
+        return mixer.Sizes(self.ngroups, norm_groups, norm.norm_before_gate, norm.eps, self.dt_limit)
+
+    def _mix_fused(
+        self, zxbcdt: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Mamba2State]:
+        assert self.norm is not None
+        y, conv_state, ssm_state = mixer.mix(
+            *(zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.A_log, self.dt_bias, self.D),
+            *(self.norm.weight, self._mixer_sizes),
+            conv_states=None if state is None else state.conv.to(zxbcdt.dtype),
+            ssm_states=None if state is None else state.ssm,
+            cu_seqlens=cu_seqlens,
+        )
+        return apply_linear(self.out_proj, y), Mamba2State(conv_state, ssm_state)
 
     def _kept(self, value: Tensor, again: Callable[[], Tensor]) -> AbstractContextManager[None]:
         """Inside, `value` is kept for the backward, or how to compute it again."""

@@ -1,0 +1,173 @@
+"""The mixer as one operator against its three operators in float64: in the interpreter, on a GPU as it is."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dualscan.nn.mamba2 import Mamba2, Mamba2State
+from dualscan.ops import mixer
+from tests.oracle import assert_close
+from tests.strategies import packed
+
+pytest.importorskip("triton")
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [] if CUDA else [pytest.mark.usefixtures("interpreter")]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, torch.float16]
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "groups": {"ngroups": 2, "norm_groups": 4, "bias": True},
+    "norm first, no bias": {"norm_before_gate": True, "conv_bias": False},
+    "limit": {"dt_limit": (0.01, 0.05), "d_conv": 2},
+    "states": {"state": True},
+    "packed": {"lengths": [9, 0, 1, 23]},
+    "packed, states": {"lengths": [20, 13], "state": True, "ngroups": 2},
+    "odd sizes": {"d_state": 11, "headdim": 6},
+}
+
+
+def layer(dtype: torch.dtype, **options: Any) -> Mamba2:
+    torch.manual_seed(3)
+    layer = Mamba2(24, **{"d_state": 16, "headdim": 8, **options})
+    torch.nn.init.normal_(layer.D)
+    assert layer.norm is not None
+    torch.nn.init.uniform_(layer.norm.weight, 0.5, 1.5)
+    return layer.to(DEVICE, dtype)
+
+
+def fused(layer: Mamba2, zxbcdt: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None) -> mixer.MixOutput:
+    assert layer.norm is not None
+    return mixer.mix(
+        *(zxbcdt, layer.conv1d.weight.squeeze(1), layer.conv1d.bias, layer.A_log, layer.dt_bias, layer.D),
+        *(layer.norm.weight, layer._mixer_sizes),
+        conv_states=None if state is None else state.conv,
+        ssm_states=None if state is None else state.ssm,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def composed(layer: Mamba2, zxbcdt: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None) -> mixer.MixOutput:
+    """The three operators; the layer's own code without its projections."""
+    layer.in_proj, layer.out_proj = torch.nn.Identity(), torch.nn.Identity()  # pyrefly: ignore[bad-assignment]
+    layer.impl = "chunked"
+    y, after = layer._sequence(zxbcdt, state, cu_seqlens)
+    return mixer.MixOutput(y, *after)
+
+
+def run(form: Any, layer: Mamba2, dtype: torch.dtype, state: bool, lengths: list[int] | None) -> dict[str, Tensor]:
+    """Results and all gradients by name, of inputs rounded to the layer's dtype."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    low = layer.conv1d.weight.dtype
+    batch, seqlen = (2, 33) if lengths is None else (1, sum(lengths))
+    nseq = batch if lengths is None else len(lengths)
+    width = layer.d_inner + layer.conv1d.in_channels + layer.nheads
+    leaves = {"zxbcdt": normal(batch, seqlen, width).to(dtype).to(low)}
+    states = None
+    if state:
+        leaves["conv"] = normal(nseq, layer.conv1d.in_channels, layer.d_conv - 1).to(dtype).to(low)
+        leaves["ssm"] = normal(nseq, layer.nheads, layer.headdim, layer.d_state).to(layer.A_log.dtype)
+        states = Mamba2State(leaves["conv"].requires_grad_(), leaves["ssm"].requires_grad_())
+    leaves["zxbcdt"].requires_grad_()
+    cotangents = [normal(batch, seqlen, layer.d_inner), normal(nseq, layer.conv1d.in_channels, layer.d_conv - 1)]
+    cotangents.append(normal(nseq, layer.nheads, layer.headdim, layer.d_state))
+    unused = ("in_proj", "out_proj")
+    leaves |= {name: p for name, p in layer.named_parameters() if not name.startswith(unused)}
+    cu_seqlens = None if lengths is None else packed(lengths).to(DEVICE)
+    out = form(layer, leaves["zxbcdt"], states, cu_seqlens)
+    pairs = [(t, c.to(dtype).to(t.dtype)) for t, c in zip(out, cotangents, strict=True) if t.numel()]
+    grads = torch.autograd.grad([t for t, _ in pairs], list(leaves.values()), [c for _, c in pairs])
+    results = {name: t.detach().cpu() for name, t in out._asdict().items()}
+    return results | {f"d{name}": g.cpu() for name, g in zip(leaves, grads, strict=True)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_one_operator_equals_three(case: str, dtype: torch.dtype) -> None:
+    options = dict(CASES[case])
+    state, lengths = options.pop("state", False), options.pop("lengths", None)
+    made = layer(dtype, **options)
+    got = run(fused, made, dtype, state, lengths)
+    exact = Mamba2(24, **{"d_state": 16, "headdim": 8, **options}).to(DEVICE).double()
+    exact.load_state_dict(made.state_dict())
+    expected = run(composed, exact, dtype, state, lengths)
+    same = run(composed, made, dtype, state, lengths)
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        if value.numel():
+            assert value.dtype == same[name].dtype
+            options = {"gradient": True} if name.startswith("d") else {}
+            assert_close(name, value, expected[name], dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("what", ["conv", "ssm"])
+def test_states_of_another_batch_are_refused(what: str) -> None:
+    made = layer(torch.float32)
+    zxbcdt = torch.randn(2, 5, made.in_proj.out_features, device=DEVICE)
+    sizes = {"conv": (made.conv1d.in_channels, 3), "ssm": (made.nheads, made.headdim, made.d_state)}
+    states = {name: torch.zeros(2 + (name == what), *shape, device=DEVICE) for name, shape in sizes.items()}
+    with pytest.raises(ValueError, match=f"{what} has batch 3; expected 2 sequences"):
+        fused(made, zxbcdt, Mamba2State(**states), None)
+
+
+def test_second_derivatives_are_refused() -> None:
+    made = layer(torch.float32)
+    zxbcdt = torch.randn(1, 5, made.in_proj.out_features, device=DEVICE, requires_grad=True)
+    y = fused(made, zxbcdt, None, None).y
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(y.sum(), zxbcdt, create_graph=True)
+
+
+def test_the_boundary() -> None:
+    made = layer(torch.float32, ngroups=2)
+    zxbcdt = torch.randn(2, 20, made.in_proj.out_features, device=DEVICE, requires_grad=True)
+    assert made.norm is not None
+    parameters = (made.conv1d.weight.squeeze(1), made.conv1d.bias, made.A_log, made.dt_bias, made.D, made.norm.weight)
+    values = (2, made.d_inner, False, 1e-5, 0.0, float("inf"))
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    leaves = [None if t is None else t.detach().requires_grad_() for t in parameters]
+    torch.library.opcheck(
+        torch.ops.dualscan.mamba2_mix_fwd.default, (zxbcdt, *leaves, None, None, None, *values), test_utils=tests
+    )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_takes_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Mamba2(128, headdim=64, d_state=64).cuda().to(dtype)
+    u = torch.randn(2, 128, 128, device="cuda", dtype=dtype, requires_grad=True)
+    calls = []
+    mix = mixer.mix
+    monkeypatch.setattr(mixer, "mix", lambda *args, **options: calls.append(1) or mix(*args, **options))
+    y, state = made(u)
+    assert calls
+    leaves = [u, *made.parameters()]
+    grads = torch.autograd.grad((y.sum() + state.ssm.sum()), leaves)
+    made.impl = "chunked"
+    same, same_state = made(u)
+    assert len(calls) == 1
+    expected = torch.autograd.grad((same.sum() + same_state.ssm.sum()), leaves)
+    limit = 1e-4 if dtype == torch.float32 else 2e-2
+    for got, wanted in zip((y, *grads), (same, *expected), strict=True):
+        assert (got.double() - wanted.double()).norm() <= limit * wanted.double().norm()
+
+
+@pytest.mark.cuda
+def test_compiles_to_one_graph() -> None:
+    made = Mamba2(128, headdim=64, d_state=64).cuda()
+    u = torch.randn(2, 128, 128, device="cuda", requires_grad=True)
+
+    def loss(u: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return made(u)[0].float().square().mean()
+
+    expected = torch.autograd.grad(loss(u), [u, *made.parameters()])
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(u), [u, *made.parameters()])
+    for ours, wanted in zip(got, expected, strict=True):
+        assert (ours - wanted).norm() <= 2e-2 * wanted.norm()
