@@ -19,6 +19,8 @@ _PUBLIC = {
     "causal_conv1d": "dualscan.ops.conv1d",
     "rms_norm": "dualscan.ops.norm",
     "gated_rms_norm": "dualscan.ops.norm",
+    "AddRMSNormOutput": "dualscan.ops.norm",
+    "add_rms_norm": "dualscan.ops.norm",
     "linear_cross_entropy": "dualscan.ops.loss",
     "Mamba": "dualscan.nn.mamba",
     "Mamba2": "dualscan.nn.mamba2",
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from dualscan.nn.mamba2 import Mamba2
     from dualscan.ops.conv1d import Conv1dOutput, causal_conv1d
     from dualscan.ops.loss import linear_cross_entropy
-    from dualscan.ops.norm import gated_rms_norm, rms_norm
+    from dualscan.ops.norm import AddRMSNormOutput, add_rms_norm, gated_rms_norm, rms_norm
     from dualscan.ops.selective_scan import SelectiveScanOutput, selective_scan, selective_scan_step
     from dualscan.ops.sma import sma
     from dualscan.ops.ssd import SSDOutput, linear_attention, ssd, ssd_step

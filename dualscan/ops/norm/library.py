@@ -31,7 +31,7 @@ LARGEST_GROUP = 16384
 
 
 @cache
-def _obstacle(device: torch.device, group_size: int, *dtypes: torch.dtype) -> str | None:
+def obstacle(device: torch.device, group_size: int, *dtypes: torch.dtype) -> str | None:
     """Why the kernels cannot run; None means that they can."""
     reasons = [_triton.obstacle(device), *map(unsupported, dtypes)]
     if group_size > LARGEST_GROUP:
@@ -41,7 +41,7 @@ def _obstacle(device: torch.device, group_size: int, *dtypes: torch.dtype) -> st
 
 def _on_cuda(x: Tensor, z: Tensor | None, weight: Tensor, group_size: int) -> bool:
     """Whether the kernels run; says once why not."""
-    reason = _obstacle(x.device, group_size, x.dtype, weight.dtype, x.dtype if z is None else z.dtype)
+    reason = obstacle(x.device, group_size, x.dtype, weight.dtype, x.dtype if z is None else z.dtype)
     if reason is not None:
         announce_slow_path("rms_norm", "cuda", reason)
     return reason is None

@@ -33,3 +33,24 @@ def rms_norm_reference(
     if gate is not None and norm_before_gate:
         y = y * gate
     return y.to(x.dtype)
+
+
+def add_rms_norm_reference(
+    residual: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`residual + y` and its norm.
+
+    Args:
+        residual: `(..., d)`.
+        y: of the same shape; None adds nothing.
+        weight: `(d,)`.
+        eps: added to the mean square.
+        dtype: of the norm.
+
+    Returns:
+        The sum in the dtype of `residual`, and its norm in `dtype`, both `(..., d)`.
+    """
+    if y is not None:
+        wide = accumulation_dtype(residual.dtype)
+        residual = (residual.to(wide) + y.to(wide)).to(residual.dtype)
+    return residual, rms_norm_reference(residual, None, weight, residual.shape[-1], False, eps).to(dtype)

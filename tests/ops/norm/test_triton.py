@@ -130,9 +130,9 @@ def test_repeats_bitwise():
 
 def test_what_the_kernels_cannot_compute():
     cuda = torch.device("cuda") if CUDA else torch.device("cpu")
-    reason = library._obstacle(cuda, 20000, torch.float32, torch.float32, torch.float32)
+    reason = library.obstacle(cuda, 20000, torch.float32, torch.float32, torch.float32)
     assert "groups of 20000 channels" in str(reason) if CUDA else "NVIDIA GPU" in str(reason)
-    assert library._obstacle(cuda, 8, torch.float64, torch.float32, torch.float32) is not None
+    assert library.obstacle(cuda, 8, torch.float64, torch.float32, torch.float32) is not None
 
 
 @pytest.mark.cuda
