@@ -42,7 +42,7 @@ class TrainConfig:
             `Mamba2`.
         compile: torch.compile every block; what is left between the operators becomes fewer kernels.
         graph: replay the gradients of a step as a CUDA graph, which spares a small model the cost of its launches; not
-            with packed.
+            with packed. None does so on a GPU where the model can be recorded.
         device: auto takes a GPU if there is one.
         threads: CPU threads; None leaves PyTorch's choice.
         log_every: steps between metrics records.
@@ -75,7 +75,7 @@ class TrainConfig:
     dtype: Precision = "auto"
     recompute: Recompute = "none"
     compile: bool = False
-    graph: bool = False
+    graph: bool | None = None
     device: str = "auto"
     threads: int | None = None
     log_every: int = 5

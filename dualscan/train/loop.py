@@ -182,10 +182,16 @@ class Trainer:
         """A small step that changes nothing: kernels are compiled on their first call, which is no training time."""
         bar.set_postfix_str("compiling kernels", True)
         config = self.config
-        if config.graph:
+        if config.graph or (config.graph is None and self.device.type == "cuda" and not config.packed):
             tokens = torch.zeros(config.batch_size, config.seqlen, dtype=torch.int64)
-            self._run_step.record([Batch(tokens, tokens, None)] * config.accumulation)
-            return
+            try:
+                self._run_step.record([Batch(tokens, tokens, None)] * config.accumulation)
+            except ValueError as obstacle:
+                if config.graph:
+                    raise
+                logger.info("steps are not replayed from a CUDA graph: %s", obstacle)
+            else:
+                return
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         total_nll(self.model, Batch(tokens, tokens, None), self.precision).backward()
         self.optimizer.zero_grad()
