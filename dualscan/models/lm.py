@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from dualscan.models.config import ModelConfig
 from dualscan.models.layers import blocks
 from dualscan.nn import init
-from dualscan.nn.block import step_blocks
+from dualscan.nn.block import read_blocks, step_blocks
 from dualscan.nn.hybrid.shared import SharedBlock
-from dualscan.nn.norm import RMSNorm, project_normed
+from dualscan.nn.norm import RMSNorm, add_and_norm, project_normed
 from dualscan.nn.precision import apply_linear, is_plain_linear, project
 from dualscan.ops.loss import linear_cross_entropy
 
@@ -104,13 +104,13 @@ class MambaLM(nn.Module):
         """
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative; 0 keeps all.")
-        h, state = self._read(tokens, state, cu_seqlens, reuse_state)
+        h, waiting, state = self._read(tokens, state, cu_seqlens, reuse_state)
         if logits_to_keep:
-            h = h[:, -logits_to_keep:]
+            h, waiting = h[:, -logits_to_keep:], waiting if waiting is None else waiting[:, -logits_to_keep:]
         logits = None
-        if self.config.logits_scale == 1.0 and self._head_is_plain:
+        if self.config.logits_scale == 1.0 and self._head_is_plain and waiting is None:
             logits = project_normed(h, self.norm_f, self.output_weight)
-        return LMOutput(self.project_out(self._finish(h)) if logits is None else logits, state)
+        return LMOutput(self.project_out(self._finish(h, waiting)) if logits is None else logits, state)
 
     def hidden_states(
         self,
@@ -121,13 +121,13 @@ class MambaLM(nn.Module):
         reuse_state: bool = False,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """The hidden states `(batch, seqlen, d_model)` that the output projection takes, and the state."""
-        h, state = self._read(tokens, state, cu_seqlens, reuse_state)
-        return self._finish(h), state
+        h, waiting, state = self._read(tokens, state, cu_seqlens, reuse_state)
+        return self._finish(h, waiting), state
 
     def _read(
         self, tokens: Tensor, state: tuple[Any, ...] | None, cu_seqlens: Tensor | None, reuse_state: bool
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """The residual stream after the last layer, and the state."""
+    ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
+        """The residual stream after the last layer, what is still to be added to it (None: nothing), and the state."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected (batch, seqlen).")
         if tokens.dtype not in (torch.int64, torch.int32):
@@ -144,19 +144,16 @@ class MambaLM(nn.Module):
             layers = [partial(b, embedding=h) if isinstance(b, SharedBlock) else b for b in layers]
         if state is not None and cu_seqlens is None and tokens.shape[1] == 1 and layers is self.layers:
             h, state = step_blocks(self.layers, h, state, reuse_state=reuse_state)
-        else:
-            states = []
-            for i, block in enumerate(layers):
-                h, layer_state = block(h, None if state is None else state[i], cu_seqlens)
-                states.append(layer_state)
-            state = tuple(states)
-        return h, state
+            return h, None, state
+        return read_blocks(layers, h, (None,) * len(layers) if state is None else state, cu_seqlens)
 
-    def _finish(self, h: Tensor) -> Tensor:
-        h = self.norm_f(h)
-        if self.config.logits_scale != 1.0:
-            h = h * self.config.logits_scale
-        return h.to(self.output_weight.dtype)
+    def _finish(self, h: Tensor, waiting: Tensor | None = None) -> Tensor:
+        dtype, scale = self.output_weight.dtype, self.config.logits_scale
+        if waiting is None:
+            h = self.norm_f(h)
+        else:
+            h = add_and_norm(self.norm_f, h, waiting, dtype if scale == 1.0 else h.dtype)[1]
+        return (h if scale == 1.0 else h * scale).to(dtype)
 
     def project_out(self, hidden: Tensor) -> Tensor:
         """Logits `(..., padded_vocab_size)` of what `hidden_states` returns."""

@@ -1,6 +1,8 @@
 """The residual block around any mixer, and one token through a stack of blocks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dualscan.nn.mamba2 import Mamba2, Mamba2State, needs_operators
-from dualscan.nn.norm import RMSNorm
+from dualscan.nn.norm import RMSNorm, add_and_norm, adds_in_norms
 from dualscan.nn.step import Watch, describe, make_plan
 from dualscan.ops import _triton
 from dualscan.ops._launch import DTYPES
@@ -50,18 +52,46 @@ class Block(nn.Module):
         return self._branch(h, state, cu_seqlens)
 
     def _branch(self, h: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        if self.recompute != "activations" or torch.compiler.is_compiling():
-            return self.mixer(self.norm(h).to(self.compute_dtype), state, cu_seqlens)
-        # In the dtype of the matrix product, so that the product keeps this tensor and not a cast of it.
-        autocast = torch.is_autocast_enabled(h.device.type)
-        dtype = torch.get_autocast_dtype(h.device.type) if autocast else self.compute_dtype
+        if not self._recomputes_activations:
+            return self._mix(self.norm(h).to(self.compute_dtype), None, state, cu_seqlens)
+        dtype = self._product_dtype(h)
 
         def normed() -> Tensor:
             return self.norm(h).to(dtype)
 
-        u = normed()
-        with recomputed(u, normed):
+        return self._mix(normed(), normed, state, cu_seqlens)
+
+    def follow(
+        self, h: Tensor, waiting: Tensor | None, state: Any, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Any]:
+        """`forward(h + waiting)` without its last sum: the norm adds what waited, and the block's output waits in turn.
+
+        Returns:
+            h + waiting, what is to be added to it, and the state.
+        """
+        dtype = self._product_dtype(h)
+        h, u = add_and_norm(self.norm, h, waiting, dtype)
+        again = partial(self._normed, h, dtype) if self._recomputes_activations else None
+        return h, *self._mix(u, again, state, cu_seqlens)
+
+    def _normed(self, h: Tensor, dtype: torch.dtype) -> Tensor:
+        return add_and_norm(self.norm, h, None, dtype)[1]
+
+    def _mix(
+        self, u: Tensor, again: Callable[[], Tensor] | None, state: Any, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """What the block adds to the residual stream; the graph keeps `again`, where there is one, in place of u."""
+        with nullcontext() if again is None else recomputed(u, again):
             return self.mixer(u, state, cu_seqlens)
+
+    @property
+    def _recomputes_activations(self) -> bool:
+        return self.recompute == "activations" and not torch.compiler.is_compiling()
+
+    def _product_dtype(self, h: Tensor) -> torch.dtype:
+        """The dtype that the mixer's first product takes: one that keeps its input then keeps no cast of it."""
+        autocast = torch.is_autocast_enabled(h.device.type)
+        return torch.get_autocast_dtype(h.device.type) if autocast else self.compute_dtype
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -86,6 +116,40 @@ def set_recompute(model: nn.Module, recompute: Recompute) -> None:
             module.recompute = recompute
         elif isinstance(module, Mamba2):
             module.recompute = "none" if recompute == "block" else recompute
+
+
+def read_blocks(
+    blocks: Iterable[Any], h: Tensor, states: Sequence[Any], cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
+    """A sequence through the blocks of a model; on a GPU a block's output waits for the next norm, which adds it.
+
+    Args:
+        blocks: in their order; called, unless that is the same as `Block.follow`.
+        h: `(batch, seqlen, d_model)`, the residual stream.
+        states: one a block.
+        cu_seqlens: as in `Block.forward`.
+
+    Returns:
+        The residual stream, what is still to be added to it (None: nothing), and the next states.
+    """
+    waiting, after, late = None, [], adds_in_norms(h)
+    for block, state in zip(blocks, states, strict=True):
+        if late and _may_follow(block):
+            h, waiting, state = block.follow(h, waiting, state, cu_seqlens)
+        else:
+            h, waiting = h if waiting is None else h + waiting, None
+            h, state = block(h, state, cu_seqlens)
+        after.append(state)
+    return h, waiting, tuple(after)
+
+
+def _may_follow(block: Any) -> bool:
+    """Whether `Block.follow` does what calling the block does, and keeps no more for the backward."""
+    if not isinstance(block, Block) or type(block).forward is not Block.forward or "forward" in block.__dict__:
+        return False
+    if block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks:
+        return False
+    return block._compiled_call_impl is None and not (block.recompute == "block" and torch.is_grad_enabled())
 
 
 class StepStates(tuple[Any, ...]):

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualscan.nn.precision import Float32Parameters
-from dualscan.ops import decode
-from dualscan.ops.norm import rms_norm
+from dualscan.ops import _triton, decode
+from dualscan.ops.norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(Float32Parameters):
@@ -41,6 +41,27 @@ class RMSNorm(Float32Parameters):
     def extra_repr(self) -> str:
         """The arguments, for `print(model)`."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def adds_in_norms(h: Tensor) -> bool:
+    """Whether a layer's output should wait for the next norm, which adds it to the residual stream h on its way."""
+    return h.dtype == torch.float32 and _triton.obstacle(h.device) is None
+
+
+def add_and_norm(norm: RMSNorm, h: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`h + y` and `norm(h + y)`, as one operation unless the norm has hooks or is not what it was made as.
+
+    Args:
+        norm: before the next matrix.
+        h: the residual stream, `(..., d)`.
+        y: what is added to it, of any dtype; None: nothing.
+        dtype: of the norm's output.
+    """
+    hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    if type(norm) is RMSNorm and not hooks and "forward" not in norm.__dict__:
+        return add_rms_norm(h, y, norm.weight, eps=norm.eps, dtype=dtype)
+    h = h if y is None else h + y
+    return h, norm(h).to(dtype)
 
 
 def project_normed(h: Tensor, norm: RMSNorm, weight: Tensor) -> Tensor | None:

@@ -1,5 +1,6 @@
 """A residual block whose contribution has a constant factor, as in Granite and Falcon-H1."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ class ScaledBlock(Block):
         super().__init__(d_model, mixer, norm_eps=norm_eps)
         self.scale = scale
 
-    def forward(self, h: Tensor, state: Any = None, cu_seqlens: Tensor | None = None, **_: Any) -> tuple[Tensor, Any]:
-        """Adds the scaled output of the mixer to `(batch, seqlen, d_model)` and passes its state on."""
-        y, state = self.branch(h, state, cu_seqlens)
-        return h + self.scale * y, state
+    def _mix(
+        self, u: Tensor, again: Callable[[], Tensor] | None, state: Any, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        y, state = super()._mix(u, again, state, cu_seqlens)
+        return self.scale * y, state
