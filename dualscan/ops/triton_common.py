@@ -1,4 +1,5 @@
-"""What the kernels of the block share: a sigmoid of few instructions, and sums over programs without atomics."""
+# ruff: noqa: RUF005 (Triton's tuples can be added, not unpacked)
+"""What the kernels of the block share: a sigmoid of few instructions, memory fetched ahead, sums without atomics."""
 
 import triton
 import triton.language as tl
@@ -11,6 +12,7 @@ ROWS = 256
 COLUMNS = 32
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SECTOR = tl.constexpr(32)  # bytes that a cache fetches at least
 
 
 @triton.jit
@@ -24,6 +26,49 @@ def sigmoid(x):
 def silu_slope(x, gate):
     """SiLU's derivative, given `gate = sigmoid(x)`."""
     return gate * (1.0 + x * (1.0 - gate))
+
+
+@triton.jit
+def touch(base, first, begin, end, stride, edge, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Reads one number of every sector of a tile that is wanted soon, so that it waits in the first-level cache and in
+    no registers: rows `first` to `first + ROWS` as far as they are in [begin, end), columns `edge` to `edge + WIDTH`,
+    `width` of them at most. What is read goes to `keep_touched` later, before which nobody waits for it."""
+    SECTORS: tl.constexpr = max(WIDTH * (base.dtype.element_ty.primitive_bitwidth // 8) // SECTOR, 1)
+    i = tl.arange(0, ROWS * SECTORS)
+    row, column = first + i // SECTORS, i % SECTORS * (WIDTH // SECTORS)
+    live = (row >= begin) & (row < end) & (column < width)
+    return tl.load(base + row.to(tl.int64) * stride + edge + column, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def keep_touched(base, touched, count):
+    """Lets the compiler believe that all that was touched is needed: it does not know that no count is negative."""
+    for k in tl.static_range(len(touched)):
+        place = base + tl.arange(0, touched[k].shape[0]) * 2  # not adjacent, so that loads are not made wider
+        tl.store(place, touched[k], mask=tl.full(touched[k].shape, count, tl.int32) < 0)
+
+
+@triton.jit
+def fold(a, b, lane, BIT: tl.constexpr):
+    """Half of two sums: lanes without the bit BIT in their number go on with a, their partners with b."""
+    upper = (lane & BIT) != 0
+    return tl.where(upper, b, a) + tl.gather(tl.where(upper, a, b), lane ^ BIT, 0)
+
+
+@triton.jit
+def sum_lanes(values, lane, COUNT: tl.constexpr):
+    """The sums of COUNT (4, 8 or 16) vectors over 16 lanes: lane i has that of vector i % COUNT."""
+    for k in tl.static_range(4):
+        if 8 >> k < COUNT:
+            folded = ()
+            for i in tl.static_range(8 >> k):
+                folded = folded + (fold(values[i], values[i + (8 >> k)], lane, 8 >> k),)
+            values = folded
+    total = values[0]
+    for k in tl.static_range(4):
+        if 8 >> k >= COUNT:
+            total += tl.gather(total, lane ^ (8 >> k), 0)
+    return total
 
 
 @triton.jit(do_not_specialize=["count", "columns"])

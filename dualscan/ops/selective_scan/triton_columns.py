@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 (Triton's tuples can be added, not unpacked)
 """B and C on their way into the scan's kernels on a GPU, and their gradients on the way out.
 
 All threads of the scan want the same numbers of B and C at the same time: those of one state n over a tile of ROWS
@@ -69,6 +70,19 @@ def unpack_kernel(
         out = ((row * seqlen + token[None, :]) * ngroups + group) * n_states + n[:, None]
         tl.store(dB + out, b.to(dB.dtype.element_ty), mask=known & inside[None, :])
         tl.store(dC + out, c.to(dC.dtype.element_ty), mask=known & inside[None, :])
+
+
+@triton.jit
+def packed_rows(line, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """ROWS numbers of B or C as vectors. All rows are in every thread's registers, and the sum over the others' zeros
+    is known to the compiler: it leaves nothing but the loads."""
+    row = tl.arange(0, ROWS)
+    line = tl.load(line + row)
+    bits = tl.broadcast_to(line.to(tl.int32, bitcast=True)[:, None], [ROWS, BLOCK])
+    rows = ()
+    for u in tl.static_range(ROWS):
+        rows = rows + (tl.sum(tl.where(row[:, None] == u, bits, 0), 0).to(tl.float32, bitcast=True),)
+    return rows
 
 
 _pack, _unpack = Launcher(pack_kernel), Launcher(unpack_kernel)

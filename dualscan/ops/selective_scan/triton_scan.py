@@ -6,6 +6,9 @@ exchange. The loop over the N states is inside: a state is read, taken through t
 which a program uses a few kilobytes again and again. So any N runs by the same code, and registers hold only what is
 one number a token and channel. B and C come packed (`triton_columns`).
 
+Few warps fit beside so many registers, so nobody else works while one waits for memory. Therefore all that a tile needs
+is read once while the tile before is finished (`touch`), and comes from the first-level cache then.
+
 Sequences are cut into segments (`_triton.Plan`) where they alone would not fill the multiprocessors. Then a scan from
 zero states gives every segment's own contribution and the sum of its Δ, `combine_kernel` joins them, because
 
@@ -28,11 +31,14 @@ from torch import Tensor
 from dualscan.ops import _triton
 from dualscan.ops._launch import Launcher
 from dualscan.ops.selective_scan import configs, triton_columns
-from dualscan.ops.triton_common import LOG2E, sigmoid, silu_slope
+from dualscan.ops.selective_scan.triton_columns import packed_rows
+from dualscan.ops.triton_common import LOG2E, fold, keep_touched, sigmoid, silu_slope, sum_lanes, touch
 
 LN2 = tl.constexpr(0.6931471805599453)
 LANES = tl.constexpr(32)
+TOUCHED = tl.constexpr(16)  # states whose numbers are fetched at once
 COMBINED = 128  # channels of a program that joins segments
+PART = 8  # rows of B and C that the backward has in registers at a time
 _STRIDES = [f"{name}_{dim}" for name in ("x", "dt", "z", "dy") for dim in ("b", "l")]
 _SIZES = ["seqlen", "channels", "ngroups", "n_states"]
 
@@ -99,16 +105,12 @@ def through_gate(dy, z, ROWS: tl.constexpr, HAS_Z: tl.constexpr):
 
 
 @triton.jit
-def packed_rows(packed, n, WHICH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """B (WHICH 0) or C (1) of state n as ROWS vectors. All rows are in every thread's registers, and the sum over the
-    others' zeros is known to the compiler: it leaves nothing but the loads."""
-    row = tl.arange(0, ROWS)
-    line = tl.load(packed + (n * 2 + WHICH) * ROWS + row)
-    bits = tl.broadcast_to(line.to(tl.int32, bitcast=True)[:, None], [ROWS, BLOCK])
-    rows = ()
-    for u in tl.static_range(ROWS):
-        rows = rows + (tl.sum(tl.where(row[:, None] == u, bits, 0), 0).to(tl.float32, bitcast=True),)
-    return rows
+def touch_states(base, count, stride, width, WIDTH: tl.constexpr):
+    """`touch` for `count` lines, one a state."""
+    total = touch(base, 0, 0, count, stride, 0, width, TOUCHED, WIDTH)
+    for n in range(TOUCHED, count, TOUCHED):
+        total += touch(base, n, 0, count, stride, 0, width, TOUCHED, WIDTH)
+    return total
 
 
 @triton.jit
@@ -122,8 +124,8 @@ def load_vector(base, c, inside, GIVEN: tl.constexpr):
 
 @triton.jit
 def place(segments, channels, ngroups, BLOCK: tl.constexpr):
-    """A program's segment: its number, batch row, tokens [begin, end) and first tile; its block, group and channels,
-    and which of them are inside."""
+    """A program's segment: its number, batch row, tokens [begin, end) and first tile; its block and group, its first
+    channel, and how many there are from it to the group's end."""
     per_group = channels // ngroups
     blocks = tl.cdiv(per_group, BLOCK)
     block, group = tl.program_id(0) % blocks, (tl.program_id(0) // blocks) % ngroups
@@ -131,8 +133,7 @@ def place(segments, channels, ngroups, BLOCK: tl.constexpr):
     row = tl.load(segments + segment * 6).to(tl.int64)
     begin, end = tl.load(segments + segment * 6 + 1), tl.load(segments + segment * 6 + 2)
     tile = tl.load(segments + segment * 6 + 3).to(tl.int64)
-    own = block * BLOCK + tl.arange(0, BLOCK)
-    return segment, row, begin, end, tile, block, group, group * per_group + own, own < per_group
+    return segment, row, begin, end, tile, block, group, group * per_group + block * BLOCK, per_group - block * BLOCK
 
 
 @triton.jit(do_not_specialize=_STRIDES[:6] + _SIZES)
@@ -149,8 +150,8 @@ def scan_kernel(
     (segment, channel) and, with KEEP, of what comes before a tile in its segment (tile, channel). With REVERSE,
     `states` are the gradients of the states after the segments and become those before them; x is dy then.
     """
-    segment, row, begin, end, tile, _, group, c, inside = place(segments, channels, ngroups, BLOCK)
-    wide = channels.to(tl.int64)
+    segment, row, begin, end, tile, _, group, edge, width = place(segments, channels, ngroups, BLOCK)
+    c, inside, wide = edge + tl.arange(0, BLOCK), tl.arange(0, BLOCK) < width, channels.to(tl.int64)
     dt, x, y = dt + row * dt_b, x + row * x_b, y + row * seqlen * wide
     GATE: tl.constexpr = HAS_Z and (OUTPUT or REVERSE)
     if GATE:
@@ -159,35 +160,24 @@ def scan_kernel(
     shift, skip = load_vector(bias, c, inside, HAS_BIAS), load_vector(D, c, inside, HAS_D)
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.cdiv(end - begin, ROWS)
-    first = begin
-    if REVERSE:
-        first = begin + (count - 1) * ROWS
-    next_dt, next_x = load_rows(dt, first, end, dt_l, c, inside, ROWS), load_rows(x, first, end, x_l, c, inside, ROWS)
-    next_z = next_x
-    if GATE:
-        next_z = load_rows(z, first, end, z_l, c, inside, ROWS)
     for i in range(count):
-        j = i
+        j, step = i, 1
         if REVERSE:
-            j = count - 1 - i
+            j, step = count - 1 - i, -1
         first = begin + j * ROWS
-        delta, gates = step_rows(next_dt, shift, first, end, inside, ROWS, SOFTPLUS), next_z
+        raw = load_rows(dt, first, end, dt_l, c, inside, ROWS)
+        values = load_rows(x, first, end, x_l, c, inside, ROWS)
+        delta = step_rows(raw, shift, first, end, inside, ROWS, SOFTPLUS)
         if REVERSE:
-            inputs = through_gate(next_x, gates, ROWS, GATE)
+            gates = values
+            if GATE:
+                gates = load_rows(z, first, end, z_l, c, inside, ROWS)
+            inputs = through_gate(values, gates, ROWS, GATE)
         else:
-            inputs = multiply_rows(delta, next_x, ROWS)
+            inputs = multiply_rows(delta, values, ROWS)
         sums = ()
         for u in tl.static_range(ROWS):
-            sums = sums + (skip * next_x[u].to(tl.float32),)
-        # What the next tile needs is on its way while this one is computed.
-        after = first + ROWS
-        if REVERSE:
-            after = tl.maximum(first - ROWS, begin)
-        next_dt = load_rows(dt, after, end, dt_l, c, inside, ROWS)
-        next_x = load_rows(x, after, end, x_l, c, inside, ROWS)
-        next_z = next_x
-        if GATE:
-            next_z = load_rows(z, after, end, z_l, c, inside, ROWS)
+            sums = sums + (skip * values[u].to(tl.float32),)
         columns = packed + ((tile + j) * ngroups + group) * n_states * (2 * ROWS)
         if TOTAL:
             if KEEP:
@@ -200,23 +190,33 @@ def scan_kernel(
             if KEEP:
                 tl.store(kept + ((tile + j) * n_states + n) * wide + c, h, mask=inside)
             if REVERSE:
-                reads = packed_rows(columns, n, 1, ROWS, BLOCK)
+                reads = packed_rows(columns + (n * 2 + 1) * ROWS, ROWS, BLOCK)
                 for u in tl.static_range(ROWS - 1, -1, -1):
                     h = tl.fma(inputs[u], reads[u], h) * tl.exp2(delta[u] * rate)
             else:
-                writes = packed_rows(columns, n, 0, ROWS, BLOCK)
+                writes = packed_rows(columns + n * (2 * ROWS), ROWS, BLOCK)
                 new = ()
                 for u in tl.static_range(ROWS):
                     h = tl.fma(tl.exp2(delta[u] * rate), h, inputs[u] * writes[u])
                     new = new + (h,)
                 if OUTPUT:
-                    reads, read = packed_rows(columns, n, 1, ROWS, BLOCK), ()
+                    reads, read = packed_rows(columns + (n * 2 + 1) * ROWS, ROWS, BLOCK), ()
                     for u in tl.static_range(ROWS):
                         read = read + (tl.fma(reads[u], new[u], sums[u]),)
                     sums = read
             tl.store(states + n * wide + c, h, mask=inside)
         tl.debug_barrier()
+        # What the next tile needs goes to the cache while this one is finished.
+        after, lines = first + step * ROWS, tl.where(i + 1 < count, n_states, 0)
+        columns = packed + ((tile + j + step) * ngroups + group) * n_states * (2 * ROWS)
+        touched = (touch_states(columns, lines, 2 * ROWS, 2 * ROWS, 2 * ROWS),)
+        touched = touched + (touch(dt, after, begin, end, dt_l, edge, width, ROWS, BLOCK),)
+        touched = touched + (touch(x, after, begin, end, x_l, edge, width, ROWS, BLOCK),)
+        if GATE:
+            touched = touched + (touch(z, after, begin, end, z_l, edge, width, ROWS, BLOCK),)
         if OUTPUT:
+            if HAS_Z:
+                gates = load_rows(z, first, end, z_l, c, inside, ROWS)
             out = y + first * wide + c
             for u in tl.static_range(ROWS):
                 result = sums[u]
@@ -225,6 +225,7 @@ def scan_kernel(
                     result *= gate * sigmoid(gate)
                 tl.store(out, result.to(y.dtype.element_ty), mask=inside & (first + u < end))
                 out += wide
+        keep_touched(states, touched, n_states)
     if TOTAL:
         tl.store(totals + segment * wide + c, total, mask=inside)
 
@@ -257,29 +258,6 @@ def combine_kernel(
     tl.store(carried + (sequence * n_states + n) * wide + c, h, mask=inside)
 
 
-@triton.jit
-def fold(a, b, lane, BIT: tl.constexpr):
-    """Half of two sums: lanes without the bit BIT in their number go on with a, their partners with b."""
-    upper = (lane & BIT) != 0
-    return tl.where(upper, b, a) + tl.gather(tl.where(upper, a, b), lane ^ BIT, 0)
-
-
-@triton.jit
-def sum_lanes(values, lane, COUNT: tl.constexpr):
-    """The sums of COUNT (4, 8 or 16) vectors over 16 lanes: lane i has that of vector i % COUNT."""
-    for k in tl.static_range(4):
-        if 8 >> k < COUNT:
-            folded = ()
-            for i in tl.static_range(8 >> k):
-                folded = folded + (fold(values[i], values[i + (8 >> k)], lane, 8 >> k),)
-            values = folded
-    total = values[0]
-    for k in tl.static_range(4):
-        if 8 >> k >= COUNT:
-            total += tl.gather(total, lane ^ (8 >> k), 0)
-    return total
-
-
 @triton.jit(do_not_specialize=_STRIDES + _SIZES + ["tiles"])
 def gradient_kernel(
     dt, x, z, dy, rates, packed, D, bias, segments, starts, kept, kept_totals, g,
@@ -287,8 +265,8 @@ def gradient_kernel(
     dt_b: tl.int64, dt_l: tl.int64, x_b: tl.int64, x_l: tl.int64, z_b: tl.int64, z_l: tl.int64,
     dy_b: tl.int64, dy_l: tl.int64,
     seqlen: tl.int32, channels: tl.int32, ngroups: tl.int32, n_states: tl.int32, tiles: tl.int32,
-    ROWS: tl.constexpr, SPLIT: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, PART: tl.constexpr, SPLIT: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """A segment with 32 channels, its tiles in reverse. Grid `blocks x groups x segments`.
 
@@ -297,8 +275,9 @@ def gradient_kernel(
     front of the segments, still add. dB and dC go to `partial` (block, tile, group, n, dB or dC, row); drates, dD and
     dbias have a part for every segment; drates starts as zeros.
     """
-    segment, row, begin, end, tile, block, group, c, inside = place(segments, channels, ngroups, LANES)
+    segment, row, begin, end, tile, block, group, edge, width = place(segments, channels, ngroups, LANES)
     wide, lane = channels.to(tl.int64), tl.arange(0, LANES)
+    c, inside = edge + lane, lane < width
     dt, x, dy, dx, ddt = (
         dt + row * dt_b,
         x + row * x_b,
@@ -339,8 +318,8 @@ def gradient_kernel(
             h = tl.load(kept + ((tile + j) * n_states + n) * wide + c, mask=inside, other=0.0)
             gradient = tl.load(g + n * wide + c, mask=inside, other=0.0)
             drate_before = tl.load(drates + n * wide + c, mask=inside, other=0.0)
-            writes = packed_rows(packed + matrix, n, 0, ROWS, LANES)
-            reads = packed_rows(packed + matrix, n, 1, ROWS, LANES)
+            line = packed + matrix + n * (2 * ROWS)
+            writes = packed_rows(line, ROWS, LANES)
             if SPLIT:
                 h = tl.fma(tl.exp2(before * rate), tl.load(starts + n * wide + c, mask=inside, other=0.0), h)
             decays, states = (), (h,)
@@ -351,11 +330,14 @@ def gradient_kernel(
             drate = tl.zeros([LANES], tl.float32)
             products, new_sums, new_dinputs, new_ddelta = (), (), (), ()
             for u in tl.static_range(ROWS - 1, -1, -1):
-                gradient = tl.fma(ds[u], reads[u], gradient)
+                if u % PART == PART - 1:  # a part of C, and of B again: registers are what this kernel has least of
+                    writes = packed_rows(line + (u + 1 - PART), PART, LANES)
+                    reads = packed_rows(line + (ROWS + u + 1 - PART), PART, LANES)
+                gradient = tl.fma(ds[u], reads[u % PART], gradient)
                 products = (fold(gradient * inputs[u], ds[u] * states[u + 1], lane, 16),) + products
                 if HAS_Z:
-                    new_sums = (tl.fma(reads[u], states[u + 1], sums[u]),) + new_sums
-                new_dinputs = (tl.fma(gradient, writes[u], dinputs[u]),) + new_dinputs
+                    new_sums = (tl.fma(reads[u % PART], states[u + 1], sums[u]),) + new_sums
+                new_dinputs = (tl.fma(gradient, writes[u % PART], dinputs[u]),) + new_dinputs
                 gradient *= decays[u]
                 through = gradient * states[u]
                 new_ddelta = (tl.fma(through, rate, ddelta[u]),) + new_ddelta
@@ -368,7 +350,19 @@ def gradient_kernel(
             total = sum_lanes(products, lane, ROWS)
             tl.store(partial + matrix + n * (2 * ROWS) + lane // 16 * ROWS + lane % ROWS, total, mask=lane % 16 < ROWS)
         tl.debug_barrier()
-        # What only the end needs is read again: registers are what this kernel has least of.
+        # The first token is read again, because the rows' addresses would be kept through the loop otherwise.
+        first = tl.load(segments + segment * 6 + 1) + j * ROWS
+        after, lines = first - ROWS, tl.where(i + 1 < count, n_states, 0)
+        columns = packed + ((tile + j - 1) * ngroups + group) * n_states * (2 * ROWS)
+        touched = (touch_states(columns, lines, 2 * ROWS, 2 * ROWS, 2 * ROWS),)
+        starts_before = kept + (tile + j - 1) * n_states * wide + edge
+        touched = touched + (touch_states(starts_before, lines, wide, width, LANES),)
+        touched = touched + (touch(dt, after, begin, end, dt_l, edge, width, ROWS, LANES),)
+        touched = touched + (touch(x, after, begin, end, x_l, edge, width, ROWS, LANES),)
+        touched = touched + (touch(dy, after, begin, end, dy_l, edge, width, ROWS, LANES),)
+        if HAS_Z:
+            touched = touched + (touch(z, after, begin, end, z_l, edge, width, ROWS, LANES),)
+        # What only the end needs is read again, too.
         values = load_rows(x, first, end, x_l, c, inside, ROWS)
         if SOFTPLUS:
             raw = load_rows(dt, first, end, dt_l, c, inside, ROWS)
@@ -393,6 +387,7 @@ def gradient_kernel(
             dshift += size
             tl.store(ddt + out, size.to(ddt.dtype.element_ty), mask=live)
             out += wide
+        keep_touched(g, touched, n_states)
     tl.store(dD + segment * wide + c, dskip, mask=inside)
     tl.store(dbias + segment * wide + c, dshift, mask=inside)
 
@@ -584,7 +579,7 @@ class _Call:
                  *(starts, kept, starts if kept_totals is None else kept_totals, g, dx, ddt, dz),
                  *(drates, partial, dD, dbias)),
                 (*self._strides(self.x), dy.stride(0), dy.stride(1), *self._sizes(), self.tiles),
-                (rows, kept_totals is not None, *self.given),
+                (rows, min(rows, PART), kept_totals is not None, *self.given),
                 1,
                 self.tile.registers,
             )  # fmt: skip

@@ -56,6 +56,8 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     rows = {} if CUDA else {"rows": 4}
     whole = getattr(request, "param", "split") == "whole"
     split = {"resident": 0.001} if whole else {"resident": 10**9, "least": 1}
+    if not CUDA:
+        monkeypatch.setattr("dualscan.ops.selective_scan.triton_scan.PART", 2)
     for name in ("FORWARD", "BACKWARD"):
         monkeypatch.setattr(configs, name, replace(getattr(configs, name), **rows, **split))
 
