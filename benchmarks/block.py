@@ -12,15 +12,22 @@ from benchmarks import common
 from benchmarks.ops.ssd import ceilings, peak
 
 Inputs = dict[str, Tensor]
-Run = Callable[[Inputs], Tensor]
+Run = Callable[[Inputs], Tensor | tuple[Tensor, ...]]
 
 
 def gradients(run: Run, t: Inputs) -> dict[str, Tensor]:
-    """Forward and backward: the result and the gradients by name; `dy` is the cotangent, integers have none."""
+    """Forward and backward: the results and the gradients by name; integers have none.
+
+    The cotangent of the result is `dy`, or of several results `dy`, `dy1` and so on.
+    """
     leaves = {name: v for name, v in t.items() if v.requires_grad}
-    y = run(t)
-    grads = torch.autograd.grad(y, list(leaves.values()), t.get("dy"))
-    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+    results = run(t)
+    results = results if isinstance(results, tuple) else (results,)
+    named = {"y" if i == 0 else f"y{i}": y for i, y in enumerate(results)}
+    grads = torch.autograd.grad(results, list(leaves.values()), [t.get(f"d{name}") for name in named])
+    return {name: y.detach() for name, y in named.items()} | {
+        f"d{name}": g for name, g in zip(leaves, grads, strict=True)
+    }
 
 
 def errors(runs: Mapping[str, Run], exact: Run, t: Inputs) -> dict[str, dict[str, float]]:
