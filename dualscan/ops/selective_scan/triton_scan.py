@@ -168,8 +168,8 @@ def scan_kernel(
         raw = load_rows(dt, first, end, dt_l, c, inside, ROWS)
         values = load_rows(x, first, end, x_l, c, inside, ROWS)
         delta = step_rows(raw, shift, first, end, inside, ROWS, SOFTPLUS)
+        gates = values
         if REVERSE:
-            gates = values
             if GATE:
                 gates = load_rows(z, first, end, z_l, c, inside, ROWS)
             inputs = through_gate(values, gates, ROWS, GATE)
@@ -320,6 +320,7 @@ def gradient_kernel(
             drate_before = tl.load(drates + n * wide + c, mask=inside, other=0.0)
             line = packed + matrix + n * (2 * ROWS)
             writes = packed_rows(line, ROWS, LANES)
+            reads = writes
             if SPLIT:
                 h = tl.fma(tl.exp2(before * rate), tl.load(starts + n * wide + c, mask=inside, other=0.0), h)
             decays, states = (), (h,)
