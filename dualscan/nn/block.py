@@ -1,7 +1,6 @@
 """The residual block around any mixer, and one token through a stack of blocks."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -81,7 +80,9 @@ class Block(nn.Module):
         self, u: Tensor, again: Callable[[], Tensor] | None, state: Any, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Any]:
         """What the block adds to the residual stream; the graph keeps `again`, where there is one, in place of u."""
-        with nullcontext() if again is None else recomputed(u, again):
+        if again is None:
+            return self.mixer(u, state, cu_seqlens)
+        with recomputed(u, again):
             return self.mixer(u, state, cu_seqlens)
 
     @property

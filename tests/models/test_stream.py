@@ -211,17 +211,19 @@ def test_a_block_of_another_kind_is_called(late: bool) -> None:
     assert torch.equal(model.hidden_states(tokens)[0], expected)
 
 
-@pytest.mark.parametrize("recompute", ["none", "activations"])
-def test_compiles_in_one_piece(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("recompute", "autocast"), [("none", False), ("activations", True)])
+def test_compiles_in_one_piece(recompute: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(blocks, "adds_in_norms", lambda h: True)
     model, tokens = model_of("mamba2"), text()
     set_recompute(model, recompute)
-    expected = gradients(model, tokens)
     compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
-    grads = torch.autograd.grad(compiled(tokens, tokens), list(model.parameters()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = gradients(model, tokens)
+        grads = torch.autograd.grad(compiled(tokens, tokens), list(model.parameters()))
+    dtype = torch.bfloat16 if autocast else torch.float32
     for (name, _), grad in zip(model.named_parameters(), grads, strict=True):
-        assert_close(name, grad, expected[name].double(), dtype=torch.float32, gradient=True)
+        assert_close(name, grad, expected[name].double(), dtype=dtype, gradient=True)
 
 
 @pytest.mark.cuda
