@@ -2,7 +2,7 @@
 """Adding to the residual stream and normalising the sum, on a GPU: one pass over memory each way.
 
 A row of the sum stays in registers until its norm is written, and the backward adds the gradient of the sum to that of
-the norm where it has both. Rows, tiles and sums over programs are those of `triton_norm`.
+the norm where it has both. Tiles and sums over programs are much as in `triton_norm`.
 """
 
 import torch
@@ -104,6 +104,19 @@ def backward_kernel(
 
 _forward, _backward = Launcher(forward_kernel), Launcher(backward_kernel)
 
+# A thread has this many elements of every tile: 16 bytes of float32. More would load 16 bits in another layout than
+# float32, and every tile of theirs would change layouts by way of shared memory.
+THREAD = 4
+MOST_WARPS = 8
+
+
+def tiles(width: int, backward: bool) -> tuple[int, int, int, int]:
+    """Rows at once, channels a chunk, chunks and warps, from those of the norm alone."""
+    rows, chunk, _, _ = triton_norm.tiles(width, backward)
+    chunk = min(chunk, MOST_WARPS * 32 * THREAD)
+    rows = min(rows, max(32 * THREAD // chunk, 1))
+    return rows, chunk, triton.cdiv(width, chunk), max(rows * chunk // (32 * THREAD), 1)
+
 
 def forward(
     residual: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
@@ -117,7 +130,7 @@ def forward(
     rows, width = residual.shape
     y_row = 0 if y is None else y.stride(0)
     align = row_alignment(residual.stride(0), y_row, width)
-    height, chunk, chunks, warps = triton_norm.tiles(width, False)
+    height, chunk, chunks, warps = tiles(width, False)
     with _triton.on_device(residual):
         _forward(
             (-(-rows // height), 1, 1), (residual, y, weight.contiguous(), out, normed),
@@ -140,7 +153,7 @@ def backward(
     rows, width = x.shape
     strides = dnormed.stride(0), x.stride(0), 0 if dout is None else dout.stride(0)
     align = row_alignment(*strides, width)
-    height, chunk, chunks, warps = triton_norm.tiles(width, True)
+    height, chunk, chunks, warps = tiles(width, True)
     wanted = -(-_triton.multiprocessors(x.device) * triton_norm.RESIDENT_WARPS // warps)
     programs = min(-(-rows // height), wanted)
     with _triton.on_device(x):
