@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -100,8 +99,11 @@ def test_every_sum_waits_for_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls.count["dualscan.rms_norm_fwd.default"] == 2  # those within the Mamba-2 layers
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("name", MODELS)
+# What bfloat16 may change is in these: sums of several products' gradients, factors, and neither.
+FEW = ["mamba2", "hybrid", "scaled"]
+
+
+@pytest.mark.parametrize(("name", "autocast"), [(name, False) for name in MODELS] + [(name, True) for name in FEW])
 def test_gradients_are_the_same(name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = model_of(name), text()
 
@@ -117,8 +119,9 @@ def test_gradients_are_the_same(name: str, autocast: bool, monkeypatch: pytest.M
         assert_close(key, value, at_once[key].double(), dtype=torch.bfloat16, gradient=True)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, torch.float32) for name in MODELS] + [(name, torch.bfloat16) for name in FEW], ids=str
+)
 def test_values_are_the_same_bits(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a whole, in two parts with the state between, and for the last tokens alone."""
     model, tokens = model_of(name).to(dtype), text()
@@ -227,16 +230,20 @@ def test_compiles_in_one_piece(recompute: str, autocast: bool, monkeypatch: pyte
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("name", MODELS)
-def test_on_a_gpu(name: str) -> None:
-    """Values and gradients in float32 against float64 on a CPU; recomputing gives the same bits."""
-    model, tokens = model_of(name), text()
-    expected = gradients(deepcopy(model).double(), tokens)
-    model = model.cuda()
-    with Calls() as calls:
-        found = gradients(model, tokens.cuda())
-    assert calls.count[TOGETHER] > 0
-    for key, value in found.items():
-        assert_close(key, value.cpu(), expected[key], dtype=torch.float32, gradient=True)
-    set_recompute(model, "activations")
-    assert_same(gradients(model, tokens.cuda()), found)
+def test_on_a_gpu(name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels add up rows in another order than those of a norm alone; all else is the same."""
+    model, tokens = model_of(name).cuda(), text().cuda()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        with Calls() as calls:
+            found = gradients(model, tokens)
+        assert calls.count[TOGETHER] > 0
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks, "adds_in_norms", lambda h: False)
+            expected = gradients(model, tokens)
+        for key, value in found.items():
+            assert_close(key, value, expected[key].double(), dtype=torch.bfloat16, gradient=True)
+        if name in ("mamba2", "scaled"):  # attention's gradients and those of experts do not repeat bitwise on a GPU
+            set_recompute(model, "activations")
+            assert_same(gradients(model, tokens), found)
