@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualscan.ops._pointwise import accumulation_dtype
-from dualscan.ops.norm.reference import rms_norm_reference
+from dualscan.ops.norm.reference import add_rms_norm_reference, rms_norm_reference
 from dualscan.ops.selective_scan.reference import step_size
 from dualscan.ops.ssd.reference import Core, per_head, quadratic, segment_sum, skip
 
@@ -110,11 +110,22 @@ def selective_scan(
     return y.to(x.dtype), states[:, -1].clone()
 
 
+def add_rms_norm(
+    residual: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The definition, and without y no sum (`add_rms_norm_fwd`)."""
+    out, normed = add_rms_norm_reference(residual, y, weight, eps, dtype)
+    return residual.new_empty(0) if y is None else out, normed
+
+
 def decompositions() -> dict[torch._ops.OpOverload, object]:
     """Operator -> its plain form, for `ExportedProgram.run_decompositions`."""
     ops = torch.ops.dualscan
     plain = {"causal_conv1d": causal_conv1d, "ssd": ssd, "selective_scan": selective_scan}
-    table: dict[torch._ops.OpOverload, object] = {ops.rms_norm_fwd.default: rms_norm_reference}
+    table: dict[torch._ops.OpOverload, object] = {
+        ops.rms_norm_fwd.default: rms_norm_reference,
+        ops.add_rms_norm_fwd.default: add_rms_norm,
+    }
     for name, function in plain.items():
         for variant in (name, f"{name}_numba"):
             table[getattr(ops, f"{variant}_fwd").default] = function

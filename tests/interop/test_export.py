@@ -54,6 +54,16 @@ def test_programs_of_aten_operations(pattern: str, tmp_path: Path) -> None:
             expected, (logits, state) = lm(token, state=expected.state), programs[1](token, state)
 
 
+def test_sums_that_wait_for_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model on a GPU traces in the place of sums and norms."""
+    monkeypatch.setattr("dualscan.nn.block.adds_in_norms", lambda h: True)
+    lm, tokens = model("M-"), torch.randint(61, (BATCH, SEQLEN))
+    program = export_prefill(lm, seqlen=SEQLEN, batch=BATCH)
+    assert not [node for node in program.graph.nodes if "dualscan" in str(node.target)]
+    with torch.no_grad():
+        assert_close("logits", program.module()(tokens)[0], lm(tokens, logits_to_keep=1).logits, dtype=torch.float32)
+
+
 def test_onnx(tmp_path: Path) -> None:
     """onnxruntime carries the state from prefill through steps, by the names of the tensors."""
     lm, tokens = model("mS"), torch.randint(61, (BATCH, SEQLEN + 3))
