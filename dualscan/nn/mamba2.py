@@ -217,6 +217,8 @@ class Mamba2(Float32Parameters):
 
     def _fused(self, zxbcdt: Tensor) -> bool:
         """Whether one operator takes the place of three between the projections, which gives the same on a GPU."""
+        if torch.compiler.is_exporting():
+            return False  # an exported program runs without this package
         if not (zxbcdt.is_cuda and self.plain and self.recompute != "activations" and self.impl in ("auto", "triton")):
             return False
         return mixer.runs(zxbcdt, self.conv1d.weight, self.d_inner, self._mixer_sizes)

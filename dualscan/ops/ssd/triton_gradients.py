@@ -183,9 +183,16 @@ def decay_gradient_kernel(
         overlap += tl.load(overlaps + group.to(tl.int64)[None, :] * padded + c * Q + q[:, None], mask=inside, other=0.0)
     if SCALAR_D:
         tl.store(dD + c * nheads + heads, tl.sum(product, 0), mask=known)
-    # What the tokens before this one wrote into the state at the chunk's end.
-    written = s * into
-    earlier = tl.cumsum(written, 0) - written
+    # What the tokens before this one wrote into the state at the chunk's end. Loaded one token late, rather than taken
+    # from a sum with this one's own: where a head decays fast that is larger by all the digits there are.
+    before = inside & (q > 0)[:, None]
+    written = tl.zeros([Q, HEADS], tl.float32)
+    for part in tl.static_range(BLOCKS * N_BLOCKS):
+        place = (part * nheads + heads).to(tl.int64)[None, :] * padded + c * Q + q[:, None]
+        written += tl.load(inner + place - 1, mask=before, other=0.0)
+    place = heads.to(tl.int64)[None, :] * padded + c * Q + q[:, None]
+    written *= tl.load(scale + place - 1, mask=before, other=0.0)
+    earlier = tl.cumsum(written, 0)
     dlog = tl.cumsum(reads - s * ds, 0, reverse=True) + earlier + tail[None, :]
     ds += into
     ds += product * overlap

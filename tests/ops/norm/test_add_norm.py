@@ -103,7 +103,7 @@ def check(fn: Callable[..., Any], tensors: dict[str, Tensor], cotangents: tuple[
         )
         assert value.dtype == own, name
         coarse = stream if name == "sum" else narrowest
-        assert_close(name, value.cpu(), expected[name], dtype=coarse, gradient=name[0] == "d")
+        assert_close(name, value.cpu(), expected[name].cpu(), dtype=coarse, gradient=name[0] == "d")
 
 
 def moved(tensors: dict[str, Tensor], cotangents: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
