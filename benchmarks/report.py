@@ -93,44 +93,105 @@ def lm_cpu_lengths() -> str:
 PASSES = {"fwd": "forward", "fwdbwd": "forward + backward", "step": "one token"}
 
 
-def _ssd_run(rival: bool) -> list[Record]:
-    """The records of the commit that was measured with rivals, or of the one without: a table never mixes two."""
-    commits: dict[str, list[Record]] = {}
-    for entry in load("ssd"):
-        commits.setdefault(entry["commit"], []).append(entry)
-    matches = [each for each in commits.values() if any(r["impl"] == "mamba_ssm" for r in each) == rival]
-    if len(matches) != 1:
-        raise ValueError(
-            f"{len(matches)} commits of the job ssd measured {'with' if rival else 'without'} rivals; keep one."
-        )
-    return matches[0]
+def _number(record: Record | None, key: str, form: str = "{:.3g}") -> str:
+    """A value as text; empty where it was not measured."""
+    return "" if record is None or record.get(key) is None else form.format(record[key])
+
+
+def _beside(records: list[Record], rival: str) -> list[tuple[str, Record, Record | None]]:
+    """What was measured, in words, with this library's record and the rival's."""
+    pairs = []
+    for mine in records:
+        if mine["impl"] == "dualscan" and mine["pass"] in PASSES:
+            same = [r for r in records if (r["shape"], r["pass"]) == (mine["shape"], mine["pass"])]
+            theirs = next((r for r in same if r["impl"] == rival), None)
+            pairs.append((f"{mine['shape']}, {PASSES[mine['pass']]}", mine, theirs))
+    return pairs
 
 
 def ssd() -> str:
-    """SSD on a GPU beside its rivals: kernel times."""
-    records = _ssd_run(rival=True)
+    """SSD on a GPU beside its rivals: kernel and call times, memory, and the least exact gradient.
+
+    Ratios stand where the operator's tests passed on the device in the same run.
+    """
+    records = load("ssd")
+    tested = any("ratio" in r and r["impl"] == "dualscan" for r in records)
     rows = []
+    for words, mine, theirs in _beside(records, "mamba_ssm"):
+        pair = (mine, theirs)
+        times = [_number(r, "kernel_ms", "{:.4g} ms") for r in pair]
+        calls = [_number(r, "call_ms", "{:.3g} ms") for r in pair]
+        ratios = [_number(mine, key, "{:.2f}x") for key in ("ratio", "call_ratio")] if tested else []
+        memory = [_number(r, "peak_mib", "{:.0f} MiB") for r in pair]
+        wrong = ["" if r is None or "error" not in r else f"{r['error']['dA']:.1e}" for r in pair]
+        rows.append([words, *times, *calls, *ratios, _times(mine), _slashed(memory), _slashed(wrong)])
     for r in records:
-        words = [f"{r['shape']}, {PASSES[r['pass']]}", r["impl"], f"{r['kernel_ms']:.4g} ms"]
-        ratio = f"{r['ratio']:.2f}x" if "ratio" in r and r["impl"] == "dualscan" else ""
-        floor = f"{r['kernel_ms'] / r['floor_ms']:.2f}" if "floor_ms" in r else ""
-        memory = f"{r['peak_mib']:.0f} MiB" if "peak_mib" in r else ""
-        rows.append([*words, ratio, floor, memory])
-    header = ["", "", "kernels", "to mamba_ssm", "of the bytes' time", "peak memory"]
+        if r["impl"] not in ("dualscan", "mamba_ssm") and r["pass"] in PASSES:
+            words = f"{r['impl']}, {r['shape']}, {PASSES[r['pass']]}"
+            rows.append([words, "", f"{r['kernel_ms']:.4g} ms", *[""] * (5 + 2 * tested)])
+    header = ["", "kernels", "mamba_ssm's", "call", "mamba_ssm's", *["ratio", "ratio of calls"][: 2 * tested]]
+    header += ["of the bytes' time", "peak memory", "error of dA"]
+    first = {r["pass"]: r["first_call_s"] for r in records if "first_call_s" in r}
+    note = "".join(f"First call, {name.removesuffix(' first call')}: {s:.1f} s. " for name, s in first.items())
+    return markdown(header, rows) + (f"\n{note.strip()}\n" if note else "") + _origin(records)
+
+
+def _times(r: Record) -> str:
+    """How many times the floor of its bytes a kernel takes."""
+    return f"{r['kernel_ms'] / r['floor_ms']:.2f}" if "floor_ms" in r else ""
+
+
+def _slashed(cells: list[str]) -> str:
+    """Ours / theirs."""
+    return " / ".join(cell for cell in cells if cell)
+
+
+def mamba2_block() -> str:
+    """The whole Mamba-2 layer beside mamba_ssm's."""
+    records = load("mamba2_block")
+    rows = []
+    for words, mine, theirs in _beside(records, "mamba_ssm"):
+        alone = next(
+            r
+            for r in records
+            if r["impl"] == "projections alone" and r["shape"] == mine["shape"] and r["pass"] == mine["pass"]
+        )
+        times = [_number(r, "kernel_ms", "{:.4g} ms") for r in (mine, theirs, alone)]
+        calls = [_number(r, "call_ms", "{:.4g} ms") for r in (mine, theirs)]
+        ratios = [_number(mine, key, "{:.2f}x") for key in ("ratio", "call_ratio")]
+        memory = " / ".join(_number(r, "peak_mib", "{:.0f} MiB") for r in (mine, theirs))
+        rows.append([words, *times, ratios[0], *calls, ratios[1], memory])
+    header = ["", "kernels", "mamba_ssm", "projections alone", "ratio", "call", "mamba_ssm", "ratio", "peak memory"]
     return markdown(header, rows) + _origin(records)
 
 
-def ssd_shapes() -> str:
-    """SSD on a GPU: every shape, without rivals."""
-    records = _ssd_run(rival=False)
+def train_step() -> str:
+    """A whole training step beside mamba_ssm's."""
+    records = load("train_step")
+    rows = [
+        [
+            f"{r['shape']}",
+            r["impl"],
+            _number(r, "call_ms", "{:.1f} ms"),
+            _number(r, "tokens_per_s", "{:,.0f}"),
+            _number(r, "mfu", "{:.1%}"),
+            _number(r, "ratio", "{:.2f}x"),
+            _number(r, "peak_mib", "{:,.0f} MiB"),
+        ]
+        for r in records
+    ]
+    header = ["", "", "step", "tokens/s", "MFU", "to mamba_ssm", "peak memory"]
+    return markdown(header, rows) + _origin(records)
+
+
+def generate() -> str:
+    """Generation on a GPU beside transformers."""
+    records = load("generate")
     rows = []
-    for shape in dict.fromkeys(r["shape"] for r in records):
-        forward, both = (_find(records, shape=shape, **{"pass": pass_}) for pass_ in ("fwd", "fwdbwd"))
-        times = [f"{r['kernel_ms']:.4g} ms" for r in (forward, both)]
-        wrong = both.get("error", {})
-        errors = [f"{wrong[name]:.1e}" if name in wrong else "" for name in ("y", "dx", "dB", "dA")]
-        rows.append([shape, *times, f"{both['peak_mib']:.0f} MiB", *errors])
-    header = ["", "forward", "forward + backward", "peak memory", "error of y", "dx", "dB", "dA"]
+    for r in records:
+        times = [_number(r, key, "{:.1f} ms") for key in ("call_ms", "prefill_ms", "step_ms")]
+        rows.append([r["shape"], r["impl"], *times, f"{r['ratio']:.1f}x", _number(r, "peak_mib", "{:,.0f} MiB")])
+    header = ["", "", "whole call", "prompt", "a token after it", "to transformers", "memory beyond the weights"]
     return markdown(header, rows) + _origin(records)
 
 
@@ -223,7 +284,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "lm_cpu": lm_cpu,
     "lm_cpu_lengths": lm_cpu_lengths,
     "ssd": ssd,
-    "ssd_shapes": ssd_shapes,
+    "mamba2_block": mamba2_block,
+    "train_step": train_step,
+    "generate": generate,
     "sma": sma,
     "selective_scan": selective_scan,
     "selective_scan_gpu": selective_scan_gpu,
