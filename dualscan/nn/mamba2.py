@@ -219,7 +219,7 @@ class Mamba2(Float32Parameters):
         """Whether one operator takes the place of three between the projections, which gives the same on a GPU."""
         if torch.compiler.is_exporting():
             return False  # an exported program runs without this package
-        if not (zxbcdt.is_cuda and self.plain and self.recompute != "activations" and self.impl in ("auto", "triton")):
+        if not (zxbcdt.is_cuda and self.plain and self.impl in ("auto", "triton")):
             return False
         return mixer.runs(zxbcdt, self.conv1d.weight, self.d_inner, self._mixer_sizes)
 
@@ -234,19 +234,25 @@ class Mamba2(Float32Parameters):
         self, zxbcdt: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Mamba2State]:
         assert self.norm is not None
-        y, conv_state, ssm_state = mixer.mix(
+        gated, conv_state, ssm_state, scanned = mixer.mix(
             *(zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.A_log, self.dt_bias, self.D),
             *(self.norm.weight, self._mixer_sizes),
             conv_states=None if state is None else state.conv.to(zxbcdt.dtype),
             ssm_states=None if state is None else state.ssm,
             cu_seqlens=cu_seqlens,
+            keep=not self._recomputes_activations,
         )
-        return apply_linear(self.out_proj, y), Mamba2State(conv_state, ssm_state)
+        with self._kept(gated, lambda: self._gate(scanned, zxbcdt[..., : self.d_inner])):
+            y = apply_linear(self.out_proj, gated)
+        return y, Mamba2State(conv_state, ssm_state)
 
     def _kept(self, value: Tensor, again: Callable[[], Tensor]) -> AbstractContextManager[None]:
         """Inside, `value` is kept for the backward, or how to compute it again."""
-        recompute = self.recompute == "activations" and not torch.compiler.is_compiling()
-        return recomputed(value, again) if recompute else nullcontext()
+        return recomputed(value, again) if self._recomputes_activations else nullcontext()
+
+    @property
+    def _recomputes_activations(self) -> bool:
+        return self.recompute == "activations" and not torch.compiler.is_compiling()
 
     def _gate(self, y: Tensor, z: Tensor) -> Tensor:
         return y * F.silu(z) if self.norm is None else self.norm(y, z)

@@ -39,11 +39,13 @@ class MixOutput(NamedTuple):
         y: `(batch, seqlen, d_inner)`, gated and normalised.
         conv: `(batch or nseq, channels, width - 1)`, the convolution's final states.
         ssm: `(batch or nseq, nheads, headdim, d_state)` float32, SSD's.
+        scanned: `(batch, seqlen, d_inner)`, what y is the gated norm of; without a gradient of its own.
     """
 
     y: Tensor
     conv: Tensor
     ssm: Tensor
+    scanned: Tensor
 
 
 def runs(projected: Tensor, conv_weight: Tensor, d_inner: int, sizes: Sizes) -> bool:
@@ -74,6 +76,7 @@ def mix(
     conv_states: Tensor | None = None,
     ssm_states: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    keep: bool = True,
 ) -> MixOutput:
     """RMSNorm(SSD(SiLU(conv(x, B, C)), softplus(dt + dt_bias)) · SiLU(z)) of a joint projection [z, x, B, C, dt].
 
@@ -92,9 +95,10 @@ def mix(
         conv_states: `(batch or nseq, channels, width - 1)` in the dtype of `projected`; None is zero.
         ssm_states: `(batch or nseq, nheads, headdim, d_state)` float32; None is zero.
         cu_seqlens: `(nseq + 1,)` int32 boundaries of packed sequences; batch must be 1.
+        keep: keeps the convolved channels for the backward, which else computes them again.
 
     Returns:
-        `MixOutput(y, conv, ssm)`; all are differentiable.
+        `MixOutput(y, conv, ssm, scanned)`; the first three are differentiable.
 
     Raises:
         ValueError: the number of sequences in a state, or `cu_seqlens`, does not fit.
@@ -108,8 +112,8 @@ def mix(
         if states is not None and states.shape[0] != nseq:
             raise ValueError(f"Mamba2: the state's {name} has batch {states.shape[0]}; expected {nseq} sequences.")
     ngroups, norm_groups, norm_before_gate, eps, limit = sizes
-    y, conv, ssm, _, _ = library.mix(
+    y, conv, ssm, _, scanned = library.mix(
         *(projected, conv_weight, conv_bias, A_log, dt_bias, D, norm_weight, conv_states, ssm_states, cu_seqlens),
-        *(ngroups, norm_weight.shape[0] // norm_groups, norm_before_gate, eps, *map(float, limit)),
+        *(ngroups, norm_weight.shape[0] // norm_groups, norm_before_gate, eps, *map(float, limit), keep),
     )
-    return MixOutput(y, conv, ssm)
+    return MixOutput(y, conv, ssm, scanned.flatten(2))

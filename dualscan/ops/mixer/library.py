@@ -1,6 +1,7 @@
 """The operator boundary of the mixer: `dualscan::mamba2_mix_fwd` and `_bwd`, with fake kernels, gradient, FLOPs.
 
-Two of the forward's results are there for the backward alone: what comes out of the convolution and out of SSD.
+Two of the forward's results are there for the backward: what comes out of SSD, and what comes out of the convolution,
+unless `keep` is false and the backward computes it again.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from dualscan.ops.ssd.library import backward_flops, forward_flops
 _INPUTS = (
     "Tensor projected, Tensor conv_weight, Tensor? conv_bias, Tensor A_log, Tensor dt_bias, Tensor D, "
     "Tensor norm_weight, Tensor? conv_states, Tensor? ssm_states, Tensor? cu_seqlens, int ngroups, int norm_group, "
-    "bool norm_before_gate, float eps, float dt_min, float dt_max"
+    "bool norm_before_gate, float eps, float dt_min, float dt_max, bool keep"
 )
 _LIB = torch.library.Library("dualscan", "FRAGMENT")
 _LIB.define(f"mamba2_mix_fwd({_INPUTS}) -> (Tensor y, Tensor conv, Tensor ssm, Tensor convolved, Tensor scanned)")
@@ -66,7 +67,7 @@ def _fake_forward(
     ssm_states: Tensor | None,
     cu_seqlens: Tensor | None,
     ngroups: int,
-    *_: Any,
+    *values: Any,
 ) -> tuple[Tensor, ...]:
     shapes = (projected.shape, conv_weight.shape, A_log.shape, norm_weight.shape)
     batch, seqlen, nheads, headdim, d_state, channels, width = sizes(*shapes, ngroups)
@@ -75,7 +76,7 @@ def _fake_forward(
         projected.new_empty(batch, seqlen, nheads * headdim),
         projected.new_empty(nseq, width - 1, channels).transpose(1, 2),
         projected.new_empty(nseq, nheads, headdim, d_state, dtype=torch.float32),
-        projected.new_empty(batch, seqlen, channels),
+        projected.new_empty((batch, seqlen, channels) if values[-1] else 0),
         projected.new_empty(batch, seqlen, nheads, headdim),
     )
 

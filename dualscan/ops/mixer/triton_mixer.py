@@ -40,9 +40,9 @@ def columns(projected: Tensor, convolved: Tensor, nheads: int, headdim: int, ngr
 def forward(
     projected: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, A_log: Tensor, dt_bias: Tensor, D: Tensor,
     norm_weight: Tensor, conv_states: Tensor | None, ssm_states: Tensor | None, cu_seqlens: Tensor | None,
-    ngroups: int, norm_group: int, norm_before_gate: bool, eps: float, dt_min: float, dt_max: float,
+    ngroups: int, norm_group: int, norm_before_gate: bool, eps: float, dt_min: float, dt_max: float, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`y`, the final states of the convolution and of SSD, and what came out of both."""
+    """`y`, the final states of the convolution and of SSD, and what came out of both; of the first only to `keep`."""
     (channels, _), nheads = conv_weight.shape, A_log.shape[0]
     d_inner = norm_weight.shape[0]
     xBC = projected[..., d_inner : d_inner + channels]
@@ -52,18 +52,21 @@ def forward(
         x, dt, A_log.exp().neg_(), B, C, D, dt_bias, ssm_states, cu_seqlens, True, dt_min, dt_max
     )
     y = triton_norm.forward(scanned.flatten(2), z, norm_weight, norm_group, norm_before_gate, eps)
-    return y.view(z.shape), conv, ssm, convolved, scanned
+    return y.view(z.shape), conv, ssm, convolved if keep else projected.new_empty(0), scanned
 
 
 def backward(
     dy: Tensor | None, dconv: Tensor | None, dssm: Tensor | None, convolved: Tensor, scanned: Tensor,
     projected: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, A_log: Tensor, dt_bias: Tensor, D: Tensor,
     norm_weight: Tensor, conv_states: Tensor | None, ssm_states: Tensor | None, cu_seqlens: Tensor | None,
-    ngroups: int, norm_group: int, norm_before_gate: bool, eps: float, dt_min: float, dt_max: float,
+    ngroups: int, norm_group: int, norm_before_gate: bool, eps: float, dt_min: float, dt_max: float, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of the forward's first nine arguments; an empty tensor for one that was None."""
     nheads, headdim = scanned.shape[2:]
     absent = projected.new_empty(0)
+    if not keep:
+        xBC = projected[..., scanned[0, 0].numel() :][..., : conv_weight.shape[0]]
+        convolved, _ = triton_conv1d.forward(xBC, conv_weight, conv_bias, conv_states, cu_seqlens, True)
     inputs = columns(projected, convolved, nheads, headdim, ngroups)
     dprojected, dconvolved = torch.empty_like(projected), torch.empty_like(convolved)
     grads = columns(dprojected, dconvolved, nheads, headdim, ngroups)

@@ -1,5 +1,6 @@
 """The mixer as one operator against its three operators in float64: in the interpreter, on a GPU as it is."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -38,7 +39,9 @@ def layer(dtype: torch.dtype, **options: Any) -> Mamba2:
     return layer.to(DEVICE, dtype)
 
 
-def fused(layer: Mamba2, zxbcdt: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None) -> mixer.MixOutput:
+def fused(
+    layer: Mamba2, zxbcdt: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None, keep: bool = True
+) -> mixer.MixOutput:
     assert layer.norm is not None
     return mixer.mix(
         *(zxbcdt, layer.conv1d.weight.squeeze(1), layer.conv1d.bias, layer.A_log, layer.dt_bias, layer.D),
@@ -46,6 +49,7 @@ def fused(layer: Mamba2, zxbcdt: Tensor, state: Mamba2State | None, cu_seqlens: 
         conv_states=None if state is None else state.conv,
         ssm_states=None if state is None else state.ssm,
         cu_seqlens=cu_seqlens,
+        keep=keep,
     )
 
 
@@ -54,7 +58,7 @@ def composed(layer: Mamba2, zxbcdt: Tensor, state: Mamba2State | None, cu_seqlen
     layer.in_proj, layer.out_proj = torch.nn.Identity(), torch.nn.Identity()  # pyrefly: ignore[bad-assignment]
     layer.impl = "chunked"
     y, after = layer._sequence(zxbcdt, state, cu_seqlens)
-    return mixer.MixOutput(y, *after)
+    return mixer.MixOutput(y, *after, y)
 
 
 def run(form: Any, layer: Mamba2, dtype: torch.dtype, state: bool, lengths: list[int] | None) -> dict[str, Tensor]:
@@ -81,9 +85,9 @@ def run(form: Any, layer: Mamba2, dtype: torch.dtype, state: bool, lengths: list
     leaves |= {name: p for name, p in layer.named_parameters() if not name.startswith(unused)}
     cu_seqlens = None if lengths is None else packed(lengths).to(DEVICE)
     out = form(layer, leaves["zxbcdt"], states, cu_seqlens)
-    pairs = [(t, c.to(dtype).to(t.dtype)) for t, c in zip(out, cotangents, strict=True) if t.numel()]
+    pairs = [(t, c.to(dtype).to(t.dtype)) for t, c in zip(out[:3], cotangents, strict=True) if t.numel()]
     grads = torch.autograd.grad([t for t, _ in pairs], list(leaves.values()), [c for _, c in pairs])
-    results = {name: t.detach().cpu() for name, t in out._asdict().items()}
+    results = {name: getattr(out, name).detach().cpu() for name in ("y", "conv", "ssm")}
     return results | {f"d{name}": g.cpu() for name, g in zip(leaves, grads, strict=True)}
 
 
@@ -104,6 +108,36 @@ def test_one_operator_equals_three(case: str, dtype: torch.dtype) -> None:
             assert value.dtype == same[name].dtype
             options = {"gradient": True} if name.startswith("d") else {}
             assert_close(name, value, expected[name], dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("case", ["plain", "packed, states"])
+def test_what_is_not_kept_is_computed_again(case: str) -> None:
+    options = dict(CASES[case])
+    state, lengths = options.pop("state", False), options.pop("lengths", None)
+    made = layer(torch.float32, **options)
+    kept = run(fused, made, torch.float32, state, lengths)
+    again = run(partial(fused, keep=False), made, torch.float32, state, lengths)
+    assert all(torch.equal(kept[name], value) for name, value in again.items())
+    zxbcdt = torch.randn(2, 20, made.in_proj.out_features, device=DEVICE, requires_grad=True)
+    sizes = []
+    for keep in (True, False):
+        held: dict[int, int] = {}
+
+        def hold(t: Tensor, held: dict[int, int] = held) -> Tensor:
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
+            fused(made, zxbcdt, None, None, keep=keep)
+        sizes.append(sum(held.values()))
+    assert sizes[0] - sizes[1] == 4 * 2 * 20 * made.conv1d.in_channels
+
+
+def test_the_gate_can_be_applied_again() -> None:
+    made = layer(torch.float32)
+    zxbcdt = torch.randn(2, 20, made.in_proj.out_features, device=DEVICE)
+    out = fused(made, zxbcdt, None, None)
+    assert_close("y", made._gate(out.scanned, zxbcdt[..., : made.d_inner]), out.y.double(), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("what", ["conv", "ssm"])
@@ -129,7 +163,7 @@ def test_the_boundary() -> None:
     zxbcdt = torch.randn(2, 20, made.in_proj.out_features, device=DEVICE, requires_grad=True)
     assert made.norm is not None
     parameters = (made.conv1d.weight.squeeze(1), made.conv1d.bias, made.A_log, made.dt_bias, made.D, made.norm.weight)
-    values = (2, made.d_inner, False, 1e-5, 0.0, float("inf"))
+    values = (2, made.d_inner, False, 1e-5, 0.0, float("inf"), True)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     leaves = [None if t is None else t.detach().requires_grad_() for t in parameters]
     torch.library.opcheck(
@@ -138,9 +172,10 @@ def test_the_boundary() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("recompute", ["none", "activations", "block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_layer_takes_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Mamba2(128, headdim=64, d_state=64).cuda().to(dtype)
+def test_a_layer_takes_it(dtype: torch.dtype, recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Mamba2(128, headdim=64, d_state=64, recompute=recompute).cuda().to(dtype)
     u = torch.randn(2, 128, 128, device="cuda", dtype=dtype, requires_grad=True)
     calls = []
     mix = mixer.mix
@@ -149,9 +184,10 @@ def test_a_layer_takes_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     assert calls
     leaves = [u, *made.parameters()]
     grads = torch.autograd.grad((y.sum() + state.ssm.sum()), leaves)
+    count = len(calls)
     made.impl = "chunked"
     same, same_state = made(u)
-    assert len(calls) == 1
+    assert len(calls) == count
     expected = torch.autograd.grad((same.sum() + same_state.ssm.sum()), leaves)
     limit = 1e-4 if dtype == torch.float32 else 2e-2
     for got, wanted in zip((y, *grads), (same, *expected), strict=True):
