@@ -10,18 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.ops.ssd import rival_package
+from benchmarks.ops.ssd import rival_package, tune_briefly
 from dualscan.models.lm import MambaLM
 from dualscan.nn.mamba2 import Mamba2
 
 
 @cache
 def available() -> bool:
-    """Whether mamba_ssm's modules can be used: the package, what it imports, and a GPU for its kernels."""
+    """Whether mamba_ssm's modules can be used: the package, what it imports, and a GPU for its kernels.
+
+    Where they can, their kernels' tuning is made short: it outlasted whole measurements.
+    """
     if not torch.cuda.is_available() or not rival_package() or importlib.util.find_spec("einops") is None:
         return False
     if importlib.util.find_spec("selective_scan_cuda") is None:  # of Mamba; Mamba-2 only imports it
         sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
+    tune_briefly()
     return True
 
 
