@@ -271,6 +271,11 @@ def test_ctrl_c_in_the_last_evaluation_loses_nothing(config, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "evaluate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        quiet(dataclasses.replace(config, eval_every=0))
+    # A shell's background job, as a test run may be, is started with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            quiet(dataclasses.replace(config, eval_every=0))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert checkpoint.find(config.out).name == "step-000020"
