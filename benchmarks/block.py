@@ -110,5 +110,5 @@ def main(
         records += measure(shape, args.repeats, ceiling)
         torch.cuda.empty_cache()
     if args.save:
-        common.write(job, torch.cuda.get_device_name().lower().replace("nvidia ", "").split()[0], records)
+        common.write(job, common.short_device_name("cuda"), records)
     return 0

@@ -138,6 +138,5 @@ def main(argv: list[str] | None = None) -> int:
         options = args.prompt, args.new, args.repeats, args.compiled
         records += measure(args.model, ours, theirs, batch, *options)
         if args.save:
-            name = torch.cuda.get_device_name().lower().replace("nvidia ", "").split()[0] if device == "cuda" else "cpu"
-            common.write(JOB, name, records)
+            common.write(JOB, common.short_device_name(device), records)
     return 0

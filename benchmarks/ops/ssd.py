@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     tested = not args.untested and tests_pass()
     ceiling = ceilings()
     print(f"copy {ceiling[0] / 1e12:.2f} TB/s, bfloat16 product {ceiling[1] / 1e12:.0f} TFLOP/s")
-    device = torch.cuda.get_device_name().lower().replace("nvidia ", "").split()[0]
+    device = common.short_device_name("cuda")
     parts: list[Callable[[], list[dict[str, Any]]]] = [
         *(partial(sequences, shape, args.repeats, ceiling, tested) for shape in args.shapes),
         partial(decoding, args.repeats, ceiling, tested),

@@ -15,7 +15,7 @@ from dualscan.nn.norm import RMSNorm, add_and_norm, adds_in_norms
 from dualscan.nn.step import Watch, describe, make_plan
 from dualscan.ops import _triton
 from dualscan.ops._launch import DTYPES
-from dualscan.ops._recompute import Recompute, check_recompute, recomputed
+from dualscan.ops._recompute import Recompute, check_recompute, recomputed, recomputes_activations
 
 if TYPE_CHECKING:
     from dualscan.ops.decode.numba_step import Plan, Table
@@ -51,7 +51,7 @@ class Block(nn.Module):
         return self._branch(h, state, cu_seqlens)
 
     def _branch(self, h: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        if not self._recomputes_activations:
+        if not recomputes_activations(self.recompute):
             return self._mix(self.norm(h).to(self.compute_dtype), None, state, cu_seqlens)
         dtype = self._product_dtype(h)
 
@@ -70,7 +70,7 @@ class Block(nn.Module):
         """
         dtype = self._product_dtype(h)
         h, u = add_and_norm(self.norm, h, waiting, dtype)
-        again = partial(self._normed, h, dtype) if self._recomputes_activations else None
+        again = partial(self._normed, h, dtype) if recomputes_activations(self.recompute) else None
         return h, *self._mix(u, again, state, cu_seqlens)
 
     def _normed(self, h: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,10 +84,6 @@ class Block(nn.Module):
             return self.mixer(u, state, cu_seqlens)
         with recomputed(u, again):
             return self.mixer(u, state, cu_seqlens)
-
-    @property
-    def _recomputes_activations(self) -> bool:
-        return self.recompute == "activations" and not torch.compiler.is_compiling()
 
     def _product_dtype(self, h: Tensor) -> torch.dtype:
         """The dtype that the mixer's first product takes: one that keeps its input then keeps no cast of it."""
@@ -222,14 +218,16 @@ def _runs_on_gpu(blocks: nn.ModuleList, h: Tensor) -> bool:
 def _step_on_gpu(blocks: Iterable[Any], h: Tensor, states: Sequence[Any]) -> tuple[Tensor, tuple[Any, ...]]:
     """A step that changes the states of Mamba-2 blocks where they are; a block's output waits for the next norm."""
     from dualscan.ops.decode import triton_step
+    from dualscan.ops.norm import triton_add_norm
 
-    stream, waiting, after = h[:, 0].clone(), None, []
+    stream, waiting, after = h[:, 0], None, []
     for block, state in zip(blocks, states, strict=True):
         if _may_merge(block) and block.mixer.in_proj.weight.dtype in DTYPES:
             layer, sizes = describe(block.mixer, block.norm)
             dtype = layer.in_weight.dtype
             conv, ssm = state.conv.to(dtype).transpose(1, 2).contiguous().transpose(1, 2), state.ssm.contiguous()
-            u = triton_step.add_norm(stream, waiting, block.norm.weight, sizes.before_eps, dtype)
+            total, u = triton_add_norm.forward(stream, waiting, block.norm.weight, sizes.before_eps, dtype)
+            stream = stream if waiting is None else total
             waiting = triton_step.mix(u, layer, sizes, conv, ssm)
             after.append(Mamba2State(conv, ssm))
         else:

@@ -16,7 +16,7 @@ from dualscan.nn.features import FeatureMap
 from dualscan.nn.precision import Float32Parameters, apply_linear, is_plain_linear
 from dualscan.nn.step import mamba2_step
 from dualscan.ops import mixer
-from dualscan.ops._recompute import check_recompute, recomputed
+from dualscan.ops._recompute import check_recompute, recomputed, recomputes_activations
 from dualscan.ops.conv1d import causal_conv1d
 from dualscan.ops.conv1d.validate import MAX_WIDTH
 from dualscan.ops.norm import gated_rms_norm
@@ -240,7 +240,7 @@ class Mamba2(Float32Parameters):
             conv_states=None if state is None else state.conv.to(zxbcdt.dtype),
             ssm_states=None if state is None else state.ssm,
             cu_seqlens=cu_seqlens,
-            keep=not self._recomputes_activations,
+            keep=not recomputes_activations(self.recompute),
         )
         with self._kept(gated, lambda: self._gate(scanned, zxbcdt[..., : self.d_inner])):
             y = apply_linear(self.out_proj, gated)
@@ -248,11 +248,7 @@ class Mamba2(Float32Parameters):
 
     def _kept(self, value: Tensor, again: Callable[[], Tensor]) -> AbstractContextManager[None]:
         """Inside, `value` is kept for the backward, or how to compute it again."""
-        return recomputed(value, again) if self._recomputes_activations else nullcontext()
-
-    @property
-    def _recomputes_activations(self) -> bool:
-        return self.recompute == "activations" and not torch.compiler.is_compiling()
+        return recomputed(value, again) if recomputes_activations(self.recompute) else nullcontext()
 
     def _gate(self, y: Tensor, z: Tensor) -> Tensor:
         return y * F.silu(z) if self.norm is None else self.norm(y, z)

@@ -30,6 +30,11 @@ def check_recompute(recompute: str) -> Recompute:
     )
 
 
+def recomputes_activations(recompute: Recompute) -> bool:
+    """Whether a layer keeps recipes; under `torch.compile` the partitioner decides what is kept."""
+    return recompute == "activations" and not torch.compiler.is_compiling()
+
+
 @contextmanager
 def recomputed(value: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
     """Operations inside that save `value`, or a view of it, for their backward keep a recipe instead of the memory.

@@ -10,6 +10,7 @@ from dualscan.nn import block as block_module
 from dualscan.nn.block import Block, step_blocks
 from dualscan.nn.mamba2 import Mamba2, Mamba2State
 from dualscan.nn.mlp import MLP
+from tests.nn import test_step
 from tests.oracle import assert_close
 
 CUDA = torch.cuda.is_available()
@@ -18,17 +19,7 @@ pytest.importorskip("triton")
 pytestmark = [] if CUDA else [pytest.mark.usefixtures("interpreter")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, torch.float16]
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "groups": {"ngroups": 2},
-    "bias": {"bias": True, "conv_bias": False},
-    "norm first": {"norm_before_gate": True},
-    "norm groups": {"norm_groups": 4},
-    "limit": {"dt_limit": (0.01, 0.05)},
-    "wide conv": {"d_conv": 7},
-    "no conv": {"d_conv": 1},
-    "odd state": {"d_state": 11},
-}
+VARIANTS: dict[str, dict[str, Any]] = {**test_step.VARIANTS, "odd state": {"d_state": 11}}
 
 
 def in_place(blocks: torch.nn.ModuleList, h: torch.Tensor, states: Any) -> Any:
