@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualscan.ops._launch import Start, started
+
 OLDEST_CAPABILITY = (8, 0)
 TMA_CAPABILITY = (9, 0)
 
@@ -64,9 +66,11 @@ def has_tma(device: torch.device) -> bool:
 
 def on_device(t: Tensor) -> AbstractContextManager[object]:
     """Launches go to the tensor's GPU, whatever the current one is."""
-    if t.device.type != "cuda" or t.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(t.device)
+    index = t.get_device()
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+_HERE = nullcontext()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,42 +184,22 @@ class Launcher:
     """Starts one kernel again and again with arguments of one kind, at a fraction of the host's time.
 
     The first call goes through Triton, which compiles; later ones start the compiled kernel. That is right only where
-    all that Triton specialises on stays the same: dtypes, absent arguments, the alignment of pointers, integers. The
-    owner keeps a launcher under a key of all these.
+    all that Triton specialises on stays the same: the GPU, dtypes, absent arguments, the alignment of pointers,
+    integers, blocks of descriptors. The owner keeps a launcher under a key of all these.
     """
 
-    __slots__ = ("compiled", "driver", "unused")
+    __slots__ = ("start",)
 
     def __init__(self) -> None:
-        self.compiled: Any = None
-        self.driver: Any = None
-        self.unused: tuple[None, ...] = ()
+        self.start: Start | None = None
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any) -> None:
         """`constants` are the compile-time parameters, which follow `arguments` in the kernel's signature."""
-        compiled = self.compiled
-        if compiled is not None:
-            x, y, z = (*grid, 1, 1)[:3]
-            stream = self.driver.get_current_stream(self.driver.get_current_device())
-            compiled.run(
-                x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *self.unused
-            )
+        if self.start is not None:
+            self.start(grid, arguments)
             return
         compiled = kernel[grid](*arguments, **constants)
-        if _starts_directly():
-            from triton.runtime import driver
-
-            self.driver = driver.active
-            self.unused = (None,) * (len(kernel.params) - len(arguments))
-            self.compiled = compiled
-
-
-@cache
-def _starts_directly() -> bool:
-    """Whether compiled kernels are started as `Launcher` does it: the protocol is that of Triton 3.6."""
-    import triton
-
-    return not interpreted() and triton.__version__.startswith("3.6.")
+        self.start = started(compiled, 0 if compiled is None else len(kernel.params) - len(arguments))
 
 
 def cdiv(a: int, b: int) -> int:
@@ -231,9 +215,12 @@ def rows_last(t: Tensor) -> Tensor:
 def describable(*tensors: Tensor) -> bool:
     """Whether tensor descriptors can address (batch, seqlen, heads, width) tensors: 16-byte steps, no broadcasting."""
     for t in tensors:
-        steps = [t.stride(d) * t.element_size() for d in range(3) if t.shape[d] > 1]
-        if t.data_ptr() % 16 or any(step <= 0 or step % 16 for step in steps):
+        if t.data_ptr() % 16:
             return False
+        width = t.element_size()
+        for size, stride in zip(t.shape[:3], t.stride(), strict=False):
+            if size > 1 and (stride <= 0 or stride * width % 16):
+                return False
     return True
 
 
