@@ -1,10 +1,68 @@
-"""What the scans' operators share: their autograd function, and products outside of `torch.autocast`."""
+"""What operators share: the autograd function of a pair of them, the short way to a kernel's launcher, and products
+outside of `torch.autocast`."""
 
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+Routine = Callable[..., Any]
+
+
+def shortcut(operator: Routine, launcher: Routine) -> Routine:
+    """`operator`, called below autograd, as a plain call of its `launcher` where only its result matters.
+
+    PyTorch's dispatcher converts every argument and result between Python and C++, which takes as long as a launch, and
+    records views and changes of tensors that nobody differentiates.
+
+    Args:
+        operator: of `torch.ops.dualscan`.
+        launcher: what is registered for it on CPU and CUDA.
+    """
+
+    def call(*args: Any) -> Any:
+        if unwatched(args):
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return launcher(*args)
+        return operator(*args)
+
+    return call
+
+
+def entry(operator: Routine, function: Routine) -> Routine:
+    """`operator`, as a plain call of the `function` at its Autograd key where only its result matters."""
+
+    def call(*args: Any) -> Any:
+        return function(*args) if unwatched(args) else operator(*args)
+
+    return call
+
+
+def unwatched(args: Iterable[Any]) -> bool:
+    """Whether no one looks at which operators are called: plain tensors on a device, nothing that traces, transforms,
+    profiles or takes calls over."""
+    if torch.compiler.is_compiling() or torch.autograd.profiler._is_profiler_enabled:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state():
+        return False
+    for t in args:
+        if isinstance(t, Tensor) and not ((type(t) is Tensor or type(t) is Parameter) and (t.is_cuda or t.is_cpu)):
+            return False
+    return True
+
+
+def asks_for_gradient(args: Iterable[Any]) -> bool:
+    """Whether autograd has to know of a call."""
+    if torch.is_grad_enabled():
+        for t in args:
+            if isinstance(t, Tensor) and t.requires_grad:
+                return True
+    return False
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
@@ -14,7 +72,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
-def differentiable(name: str, forward: Any, backward: Any, count: int, instead: str) -> Any:
+def differentiable(
+    name: str, forward: Routine, backward: Routine, count: int, instead: str,
+    launchers: tuple[Routine, Routine] | None = None,
+) -> Routine:  # fmt: skip
     """The autograd function of a pair of operators: the inputs are saved, the backward operator recomputes the rest.
 
     Args:
@@ -23,19 +84,25 @@ def differentiable(name: str, forward: Any, backward: Any, count: int, instead: 
         backward: takes their gradients, None where there is none, and then what `forward` takes.
         count: so many of the first arguments have gradients; the tensors after them, and the plain values, have none.
         instead: what to use for second derivatives.
+        launchers: what is registered for both operators on CPU and CUDA, for the short way.
 
     Returns:
         What to register at the Autograd dispatch key of `forward` (docs/decisions/001).
     """
+    pair = forward, backward
+    run, run_back = pair if launchers is None else map(shortcut, pair, launchers)
+
+    def below(*args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(*args)
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*(t for t in args if t is None or isinstance(t, Tensor)))
+            ctx.save_for_backward(*[t for t in args if t is None or isinstance(t, Tensor)])
             ctx.values = [t for t in args if t is not None and not isinstance(t, Tensor)]
-            with torch._C._AutoDispatchBelowAutograd():
-                return forward(*args)
+            return below(*args)
 
         @staticmethod
         def backward(ctx: Any, *grads_out: Any) -> tuple[Tensor | None, ...]:
@@ -49,13 +116,10 @@ def differentiable(name: str, forward: Any, backward: Any, count: int, instead: 
                     f"do not have; use {instead}."
                 )
             with without_autocast(inputs[0].device):
-                grads = backward(*grads_out, *inputs, *ctx.values)
+                grads = run_back(*grads_out, *inputs, *ctx.values)
             return *(None if t is None else g for t, g in zip(inputs, grads, strict=False)), *nothing
 
     def autograd(*args: Any) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-            return Function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return forward(*args)
+        return Function.apply(*args) if asks_for_gradient(args) else below(*args)
 
     return autograd

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dualscan.ops._autograd import asks_for_gradient, entry, shortcut
 from dualscan.ops.ssd import blocks
 from dualscan.ops.ssd.library import backward_flops, forward_flops
 
@@ -25,8 +26,6 @@ _LIB.define(
     "(Tensor dprojected, Tensor dconv_weight, Tensor dconv_bias, Tensor dA_log, Tensor ddt_bias, Tensor dD, "
     "Tensor dnorm_weight, Tensor dconv_states, Tensor dssm_states)"
 )
-mix = torch.ops.dualscan.mamba2_mix_fwd.default
-mix_backward = torch.ops.dualscan.mamba2_mix_bwd.default
 # Tensors of the forward that have gradients; cu_seqlens comes after them.
 _DIFFERENTIABLE = 9
 
@@ -46,6 +45,9 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 for _key in ("CPU", "CUDA"):  # on a CPU the kernels run in Triton's interpreter
     _LIB.impl("mamba2_mix_fwd", _forward, _key)
     _LIB.impl("mamba2_mix_bwd", _backward, _key)
+_OPERATOR = torch.ops.dualscan.mamba2_mix_fwd.default
+_run = shortcut(_OPERATOR, _forward)
+_run_back = shortcut(torch.ops.dualscan.mamba2_mix_bwd.default, _backward)
 
 
 def sizes(projected: Any, conv_weight: Any, A_log: Any, norm_weight: Any, ngroups: int) -> tuple[int, ...]:
@@ -94,8 +96,7 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        with torch._C._AutoDispatchBelowAutograd():
-            results = mix(*args)
+        results = _below(*args)
         ctx.save_for_backward(*results[3:], *args[: _DIFFERENTIABLE + 1])
         ctx.values = args[_DIFFERENTIABLE + 1 :]
         ctx.mark_non_differentiable(*results[3:])
@@ -112,18 +113,21 @@ class _Mix(torch.autograd.Function):
                 "Mamba2: create_graph=True asks for a second derivative, which the kernels do not have; use "
                 "Mamba2(impl='quadratic') or impl='recurrent'."
             )
-        grads = mix_backward(*grads_out[:3], convolved, scanned, *inputs, *ctx.values)
+        grads = _run_back(*grads_out[:3], convolved, scanned, *inputs, *ctx.values)
         return *(None if t is None else g for t, g in zip(inputs, grads, strict=False)), *nothing
 
 
-def _autograd(*args: Any) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-        return _Mix.apply(*args)
+def _below(*args: Any) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
-        return mix(*args)
+        return _run(*args)
+
+
+def _autograd(*args: Any) -> tuple[Tensor, ...]:
+    return _Mix.apply(*args) if asks_for_gradient(args) else _below(*args)
 
 
 _LIB.impl("mamba2_mix_fwd", _autograd, "Autograd")
+mix = entry(_OPERATOR, _autograd)
 
 
 def _counted(shapes: tuple[Any, ...], ngroups: int, backward: bool) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualscan.nn.mamba2 import Mamba2, Mamba2State
 from dualscan.ops import mixer
@@ -169,6 +170,38 @@ def test_the_boundary() -> None:
     torch.library.opcheck(
         torch.ops.dualscan.mamba2_mix_fwd.default, (zxbcdt, *leaves, None, None, None, *values), test_utils=tests
     )
+
+
+def test_whoever_watches_sees_the_operators() -> None:
+    made = layer(torch.float32)
+    zxbcdt = torch.randn(1, 5, made.in_proj.out_features, device=DEVICE, requires_grad=True)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.autograd.grad(fused(made, zxbcdt, None, None).y.sum(), zxbcdt)
+    names = [f"dualscan.mamba2_mix_{which}.default" for which in ("fwd", "bwd")]
+    assert [name for name in seen if name.startswith("dualscan")] == names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(fused(made, zxbcdt, None, None).y.sum(), zxbcdt)
+    assert {"dualscan::mamba2_mix_fwd", "dualscan::mamba2_mix_bwd"} <= {event.name for event in profile.events() or ()}
+
+
+def test_the_operator_is_traced_whole() -> None:
+    made = layer(torch.float32)
+    zxbcdt = torch.randn(1, 5, made.in_proj.out_features, device=DEVICE, requires_grad=True)
+
+    def loss(zxbcdt: Tensor) -> Tensor:
+        return fused(made, zxbcdt, None, None).y.square().sum()
+
+    leaves = [zxbcdt, made.A_log, made.conv1d.weight]
+    expected = torch.autograd.grad(loss(zxbcdt), leaves)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(zxbcdt), leaves)
+    assert all(torch.equal(ours, wanted) for ours, wanted in zip(got, expected, strict=True))
 
 
 @pytest.mark.cuda
