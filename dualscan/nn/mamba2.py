@@ -194,8 +194,9 @@ class Mamba2(Float32Parameters):
         zxbcdt = apply_linear(self.in_proj, u)
         if self.projection_scales is not None:
             zxbcdt = zxbcdt * self._scales(zxbcdt)
-        if self._fused(zxbcdt):
-            return self._mix_fused(zxbcdt, state, cu_seqlens)
+        sizes = self._fused(zxbcdt)
+        if sizes is not None:
+            return self._mix_fused(zxbcdt, state, cu_seqlens, sizes)
         z, xBC, dt = zxbcdt.split([self.d_inner, self.conv1d.in_channels, self.nheads], dim=-1)
         convolve = partial(
             causal_conv1d,
@@ -215,13 +216,15 @@ class Mamba2(Float32Parameters):
             y = apply_linear(self.out_proj, gated)
         return y, Mamba2State(conv_state, ssm_state)
 
-    def _fused(self, zxbcdt: Tensor) -> bool:
-        """Whether one operator takes the place of three between the projections, which gives the same on a GPU."""
+    def _fused(self, zxbcdt: Tensor) -> mixer.Sizes | None:
+        """What one operator in the place of three between the projections is to know, which gives the same on a GPU;
+        None where it does not run."""
         if torch.compiler.is_exporting():
-            return False  # an exported program runs without this package
+            return None  # an exported program runs without this package
         if not (zxbcdt.is_cuda and self.plain and self.impl in ("auto", "triton")):
-            return False
-        return mixer.runs(zxbcdt, self.conv1d.weight, self.d_inner, self._mixer_sizes)
+            return None
+        sizes = self._mixer_sizes
+        return sizes if mixer.runs(zxbcdt, self.conv1d.weight, self.d_inner, sizes) else None
 
     @property
     def _mixer_sizes(self) -> mixer.Sizes:
@@ -231,18 +234,18 @@ class Mamba2(Float32Parameters):
         return mixer.Sizes(self.ngroups, norm_groups, norm.norm_before_gate, norm.eps, self.dt_limit)
 
     def _mix_fused(
-        self, zxbcdt: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None
+        self, zxbcdt: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None, sizes: mixer.Sizes
     ) -> tuple[Tensor, Mamba2State]:
         assert self.norm is not None
         gated, conv_state, ssm_state, scanned = mixer.mix(
-            *(zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.A_log, self.dt_bias, self.D),
-            *(self.norm.weight, self._mixer_sizes),
+            *(zxbcdt, self.conv1d.weight, self.conv1d.bias, self.A_log, self.dt_bias, self.D),
+            *(self.norm.weight, sizes),
             conv_states=None if state is None else state.conv.to(zxbcdt.dtype),
             ssm_states=None if state is None else state.ssm,
             cu_seqlens=cu_seqlens,
             keep=not recomputes_activations(self.recompute),
         )
-        with self._kept(gated, lambda: self._gate(scanned, zxbcdt[..., : self.d_inner])):
+        with self._kept(gated, lambda: self._gate(scanned.flatten(2), zxbcdt[..., : self.d_inner])):
             y = apply_linear(self.out_proj, gated)
         return y, Mamba2State(conv_state, ssm_state)
 

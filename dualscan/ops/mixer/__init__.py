@@ -39,7 +39,7 @@ class MixOutput(NamedTuple):
         y: `(batch, seqlen, d_inner)`, gated and normalised.
         conv: `(batch or nseq, channels, width - 1)`, the convolution's final states.
         ssm: `(batch or nseq, nheads, headdim, d_state)` float32, SSD's.
-        scanned: `(batch, seqlen, d_inner)`, what y is the gated norm of; without a gradient of its own.
+        scanned: `(batch, seqlen, nheads, headdim)`, what y is the gated norm of; without a gradient of its own.
     """
 
     y: Tensor
@@ -85,7 +85,7 @@ def mix(
 
     Args:
         projected: `(batch, seqlen, 2 d_inner + 2 ngroups d_state + nheads)`, contiguous.
-        conv_weight: `(channels, width)` with channels = d_inner + 2 ngroups d_state.
+        conv_weight: `(channels, 1, width)` with channels = d_inner + 2 ngroups d_state, as `nn.Conv1d` has it.
         conv_bias: `(channels,)`.
         A_log: `(nheads,)` float32, logarithm of -A.
         dt_bias: `(nheads,)`.
@@ -112,8 +112,9 @@ def mix(
         if states is not None and states.shape[0] != nseq:
             raise ValueError(f"Mamba2: the state's {name} has batch {states.shape[0]}; expected {nseq} sequences.")
     ngroups, norm_groups, norm_before_gate, eps, limit = sizes
+    low, high = limit
     y, conv, ssm, _, scanned = library.mix(
-        *(projected, conv_weight, conv_bias, A_log, dt_bias, D, norm_weight, conv_states, ssm_states, cu_seqlens),
-        *(ngroups, norm_weight.shape[0] // norm_groups, norm_before_gate, eps, *map(float, limit), keep),
-    )
-    return MixOutput(y, conv, ssm, scanned.flatten(2))
+        projected, conv_weight, conv_bias, A_log, dt_bias, D, norm_weight, conv_states, ssm_states, cu_seqlens,
+        ngroups, norm_weight.shape[0] // norm_groups, norm_before_gate, eps, float(low), float(high), keep,
+    )  # fmt: skip
+    return MixOutput(y, conv, ssm, scanned)

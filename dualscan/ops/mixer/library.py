@@ -52,7 +52,7 @@ _run_back = shortcut(torch.ops.dualscan.mamba2_mix_bwd.default, _backward)
 
 def sizes(projected: Any, conv_weight: Any, A_log: Any, norm_weight: Any, ngroups: int) -> tuple[int, ...]:
     """Of the shapes: batch, seqlen, nheads, headdim, d_state, channels, width of the convolution."""
-    (channels, width), (d_inner,), (nheads,) = conv_weight, norm_weight, A_log
+    (channels, _, width), (d_inner,), (nheads,) = conv_weight, norm_weight, A_log
     return *projected[:2], nheads, d_inner // nheads, (channels - d_inner) // (2 * ngroups), channels, width
 
 

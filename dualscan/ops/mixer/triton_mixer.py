@@ -17,24 +17,31 @@ from dualscan.ops.ssd import triton_gradients, triton_scan
 
 
 class Columns(NamedTuple):
-    """Views of a joint projection and of the convolved channels, or of their gradients."""
+    """Views of a joint projection, or of its gradient: `(batch, seqlen, width)`."""
 
     z: Tensor
     xBC: Tensor
     dt: Tensor
+
+
+class Channels(NamedTuple):
+    """Views of the convolved channels, or of their gradient, with heads and groups."""
+
     x: Tensor
     B: Tensor
     C: Tensor
 
 
-def columns(projected: Tensor, convolved: Tensor, nheads: int, headdim: int, ngroups: int) -> Columns:
-    """z, xBC, dt `(batch, seqlen, width)`, and x, B, C with their heads and groups."""
-    d_inner, channels = nheads * headdim, convolved.shape[2]
-    z, xBC, dt = projected.split([d_inner, channels, nheads], dim=-1)
-    width = (channels - d_inner) // 2
-    x, B, C = convolved.split([d_inner, width, width], dim=-1)
-    B, C = (t.unflatten(-1, (ngroups, width // ngroups)) for t in (B, C))
-    return Columns(z, xBC, dt, x.unflatten(-1, (nheads, headdim)), B, C)
+def columns(projected: Tensor, d_inner: int, channels: int, nheads: int) -> Columns:
+    return Columns(*torch.split_with_sizes(projected, (d_inner, channels, nheads), -1))
+
+
+def channels(convolved: Tensor, d_inner: int, nheads: int, ngroups: int) -> Channels:
+    batch, seqlen, total = convolved.shape
+    width = (total - d_inner) // 2
+    x, B, C = torch.split_with_sizes(convolved, (d_inner, width, width), -1)
+    heads, groups = (batch, seqlen, nheads, d_inner // nheads), (batch, seqlen, ngroups, width // ngroups)
+    return Channels(x.view(heads), B.view(groups), C.view(groups))
 
 
 def forward(
@@ -43,16 +50,15 @@ def forward(
     ngroups: int, norm_group: int, norm_before_gate: bool, eps: float, dt_min: float, dt_max: float, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`y`, the final states of the convolution and of SSD, and what came out of both; of the first only to `keep`."""
-    (channels, _), nheads = conv_weight.shape, A_log.shape[0]
-    d_inner = norm_weight.shape[0]
-    xBC = projected[..., d_inner : d_inner + channels]
-    convolved, conv = triton_conv1d.forward(xBC, conv_weight, conv_bias, conv_states, cu_seqlens, True)
-    z, _, dt, x, B, C = columns(projected, convolved, nheads, d_inner // nheads, ngroups)
+    nheads, d_inner = A_log.shape[0], norm_weight.shape[0]
+    z, xBC, dt = columns(projected, d_inner, conv_weight.shape[0], nheads)
+    convolved, conv = triton_conv1d.forward(xBC, conv_weight.squeeze(1), conv_bias, conv_states, cu_seqlens, True)
+    x, B, C = channels(convolved, d_inner, nheads, ngroups)
     scanned, ssm = triton_scan.forward(
         x, dt, A_log.exp().neg_(), B, C, D, dt_bias, ssm_states, cu_seqlens, True, dt_min, dt_max
     )
     y = triton_norm.forward(scanned.flatten(2), z, norm_weight, norm_group, norm_before_gate, eps)
-    return y.view(z.shape), conv, ssm, convolved if keep else projected.new_empty(0), scanned
+    return y, conv, ssm, convolved if keep else projected.new_empty(0), scanned
 
 
 def backward(
@@ -62,26 +68,28 @@ def backward(
     ngroups: int, norm_group: int, norm_before_gate: bool, eps: float, dt_min: float, dt_max: float, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of the forward's first nine arguments; an empty tensor for one that was None."""
-    nheads, headdim = scanned.shape[2:]
+    nheads, d_inner = A_log.shape[0], norm_weight.shape[0]
+    widths = d_inner, conv_weight.shape[0], nheads
     absent = projected.new_empty(0)
+    z, xBC, dt = columns(projected, *widths)
+    taps = conv_weight.squeeze(1)
     if not keep:
-        xBC = projected[..., scanned[0, 0].numel() :][..., : conv_weight.shape[0]]
-        convolved, _ = triton_conv1d.forward(xBC, conv_weight, conv_bias, conv_states, cu_seqlens, True)
-    inputs = columns(projected, convolved, nheads, headdim, ngroups)
+        convolved, _ = triton_conv1d.forward(xBC, taps, conv_bias, conv_states, cu_seqlens, True)
+    x, B, C = channels(convolved, d_inner, nheads, ngroups)
     dprojected, dconvolved = torch.empty_like(projected), torch.empty_like(convolved)
-    grads = columns(dprojected, dconvolved, nheads, headdim, ngroups)
-    dy = projected.new_zeros(inputs.z.shape) if dy is None else dy
+    grads = columns(dprojected, *widths)
+    dy = projected.new_zeros(z.shape) if dy is None else dy
     dscanned, _, dnorm_weight = triton_norm.backward(
-        dy, scanned.flatten(2), inputs.z, norm_weight, norm_group, norm_before_gate, eps, dz=grads.z
+        dy, scanned.flatten(2), z, norm_weight, norm_group, norm_before_gate, eps, dz=grads.z
     )
     A = A_log.exp().neg_()
-    into = {"x": grads.x, "dt": grads.dt, "B": grads.B, "C": grads.C}
+    into = {"dt": grads.dt, **channels(dconvolved, d_inner, nheads, ngroups)._asdict()}
     _, _, dA, _, _, dD, ddt_bias, dssm_states = triton_gradients.backward(
-        dscanned.view(scanned.shape), dssm, inputs.x, inputs.dt, A, inputs.B, inputs.C, D, dt_bias, ssm_states,
+        dscanned.view(scanned.shape), dssm, x, dt, A, B, C, D, dt_bias, ssm_states,
         cu_seqlens, True, dt_min, dt_max, into=into,
     )  # fmt: skip
-    _, dconv_weight, dconv_bias, dconv_states = triton_conv1d.backward(
-        dconvolved, absent if dconv is None else dconv, inputs.xBC, conv_weight, conv_bias, conv_states, cu_seqlens,
-        True, dx=grads.xBC,
+    _, dtaps, dconv_bias, dconv_states = triton_conv1d.backward(
+        dconvolved, absent if dconv is None else dconv, xBC, taps, conv_bias, conv_states, cu_seqlens, True,
+        dx=grads.xBC,
     )  # fmt: skip
-    return dprojected, dconv_weight, dconv_bias, dA.mul_(A), ddt_bias, dD, dnorm_weight, dconv_states, dssm_states
+    return dprojected, dtaps.unsqueeze(1), dconv_bias, dA.mul_(A), ddt_bias, dD, dnorm_weight, dconv_states, dssm_states

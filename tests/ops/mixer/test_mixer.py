@@ -45,7 +45,7 @@ def fused(
 ) -> mixer.MixOutput:
     assert layer.norm is not None
     return mixer.mix(
-        *(zxbcdt, layer.conv1d.weight.squeeze(1), layer.conv1d.bias, layer.A_log, layer.dt_bias, layer.D),
+        *(zxbcdt, layer.conv1d.weight, layer.conv1d.bias, layer.A_log, layer.dt_bias, layer.D),
         *(layer.norm.weight, layer._mixer_sizes),
         conv_states=None if state is None else state.conv,
         ssm_states=None if state is None else state.ssm,
@@ -138,7 +138,8 @@ def test_the_gate_can_be_applied_again() -> None:
     made = layer(torch.float32)
     zxbcdt = torch.randn(2, 20, made.in_proj.out_features, device=DEVICE)
     out = fused(made, zxbcdt, None, None)
-    assert_close("y", made._gate(out.scanned, zxbcdt[..., : made.d_inner]), out.y.double(), dtype=torch.float32)
+    again = made._gate(out.scanned.flatten(2), zxbcdt[..., : made.d_inner])
+    assert_close("y", again, out.y.double(), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("what", ["conv", "ssm"])
@@ -163,7 +164,7 @@ def test_the_boundary() -> None:
     made = layer(torch.float32, ngroups=2)
     zxbcdt = torch.randn(2, 20, made.in_proj.out_features, device=DEVICE, requires_grad=True)
     assert made.norm is not None
-    parameters = (made.conv1d.weight.squeeze(1), made.conv1d.bias, made.A_log, made.dt_bias, made.D, made.norm.weight)
+    parameters = (made.conv1d.weight, made.conv1d.bias, made.A_log, made.dt_bias, made.D, made.norm.weight)
     values = (2, made.d_inner, False, 1e-5, 0.0, float("inf"), True)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     leaves = [None if t is None else t.detach().requires_grad_() for t in parameters]
