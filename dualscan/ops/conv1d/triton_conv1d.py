@@ -382,15 +382,17 @@ def forward(
     present = (silu, bias is not None, initial_states is not None)
     with _triton.on_device(x):
         if seqlen == 1 and cu_seqlens is None:
+            x_b, _, x_c = x.stride()
             _step(
                 (batch * -(-channels // STEP_BLOCK), 1, 1), (x, weight, bias, initial_states, y, final),
-                (x.stride(0), x.stride(2), *weight.stride(), *states, channels), (width, STEP_BLOCK, *present), 4,
+                (x_b, x_c, *weight.stride(), *states, channels), (width, STEP_BLOCK, *present), 4,
             )  # fmt: skip
         else:
-            cut = _cut(x.shape, x.stride(), x.stride(), TILES[0], OCCUPANCY * _triton.multiprocessors(x.device))
+            strides = x.stride()
+            cut = _cut(x.shape, strides, strides, nseq, TILES[0], OCCUPANCY * _triton.multiprocessors(x.device))
             _forward(
                 cut.grid, (x, weight, bias, initial_states, cu_seqlens, y, final),
-                (*cut.strides(x), *weight.stride(), *states, *cut.sizes(x, nseq)),
+                (*cut.x, *weight.stride(), *states, *cut.sizes),
                 (width, *cut.constants, *present, cu_seqlens is not None), cut.warps,
             )  # fmt: skip
     return y, final.transpose(1, 2)
@@ -441,12 +443,13 @@ def backward(
     bias, cu_seqlens = _dense(bias), _dense(cu_seqlens)
     present = (silu, bias is not None, initial_states is not None, dfinal is not None)
     with _triton.on_device(x):
-        cut = _cut(x.shape, x.stride(), dy.stride(), TILES[1], OCCUPANCY * _triton.multiprocessors(x.device))
+        wanted = OCCUPANCY * _triton.multiprocessors(x.device)
+        cut = _cut(x.shape, x.stride(), dy.stride(), nseq, TILES[1], wanted)
         lanes = width + (bias is not None)
         partial = torch.empty((batch * cut.segments, lanes, channels), dtype=torch.float32, device=x.device)
         _backward(
             cut.grid, (dy, x, weight, bias, initial_states, cu_seqlens, dfinal, dx, dinitial, partial),
-            (*cut.strides(x), *weight.stride(), *states, *cut.strides(dy), *dstates, *cut.sizes(x, nseq)),
+            (*cut.x, *weight.stride(), *states, *cut.other, *dstates, *cut.sizes),
             (width, *cut.constants, *present, cu_seqlens is not None, like_x), cut.warps,
         )  # fmt: skip
         sum_partials(partial, dweight, dbias)
@@ -472,30 +475,27 @@ class _Cut:
 
     Attributes:
         grid, warps: of the launch.
-        segment, segments: tokens a segment, segments a row.
-        align: elements that all strides are multiples of.
-        constants: channels and rows of a program, `align`, and whether channels are adjacent in memory.
+        segments: a row has.
+        x, other: strides of batch, time and channels; the first two count in what all strides are multiples of.
+        sizes: tokens, channels (counted likewise), sequences, tokens a segment, segments a row.
+        constants: channels and rows of a program, what all strides are multiples of, and whether channels are adjacent
+            in memory.
     """
 
     grid: tuple[int, int, int]
     warps: int
-    segment: int
     segments: int
-    align: int
+    x: tuple[int, int, int]
+    other: tuple[int, int, int]
+    sizes: tuple[int, int, int, int, int]
     constants: tuple[int, int, int, bool]
-
-    def strides(self, t: Tensor) -> tuple[int, int, int]:
-        batch, time, channel = t.stride()
-        return batch // self.align, time // self.align, channel
-
-    def sizes(self, x: Tensor, nseq: int) -> tuple[int, ...]:
-        return x.shape[1], x.shape[2] // self.align, nseq, self.segment, self.segments
 
 
 @lru_cache(maxsize=1024)
 def _cut(
-    shape: tuple[int, ...], x: tuple[int, ...], other: tuple[int, ...], tile: tuple[int, int, int], wanted: int
-) -> _Cut:
+    shape: tuple[int, ...], x: tuple[int, ...], other: tuple[int, ...], nseq: int, tile: tuple[int, int, int],
+    wanted: int,
+) -> _Cut:  # fmt: skip
     """For tensors of one shape and of the strides `x` and `other`, into about `wanted` programs."""
     (batch, seqlen, channels), (block, warps, rows) = shape, tile
     adjacent = x[2] == 1 and other[2] == 1
@@ -504,4 +504,12 @@ def _cut(
     segments = min(-(-wanted // (blocks * batch)), -(-seqlen // SHORTEST_SEGMENT))
     segment = -(-seqlen // (segments * rows)) * rows
     segments = -(-seqlen // segment)
-    return _Cut((blocks * segments * batch, 1, 1), warps, segment, segments, align, (block, rows, align, adjacent))
+    return _Cut(
+        grid=(blocks * segments * batch, 1, 1),
+        warps=warps,
+        segments=segments,
+        x=(x[0] // align, x[1] // align, x[2]),
+        other=(other[0] // align, other[1] // align, other[2]),
+        sizes=(seqlen, channels // align, nseq, segment, segments),
+        constants=(block, rows, align, adjacent),
+    )

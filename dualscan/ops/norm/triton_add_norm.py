@@ -13,7 +13,7 @@ from torch import Tensor
 from dualscan.ops import _triton
 from dualscan.ops._launch import Launcher, row_alignment
 from dualscan.ops.norm import triton_norm
-from dualscan.ops.norm.triton_norm import load_group
+from dualscan.ops.norm.triton_norm import load_group, rows_of
 from dualscan.ops.triton_common import sum_partials
 
 
@@ -126,15 +126,15 @@ def forward(
     out = residual.new_empty(0) if y is None else torch.empty_like(normed, dtype=residual.dtype)
     if residual.numel() == 0:
         return out, normed
-    residual, y = _rows(residual), None if y is None else _rows(y)
-    rows, width = residual.shape
-    y_row = 0 if y is None else y.stride(0)
-    align = row_alignment(residual.stride(0), y_row, width)
+    (residual, row), (y, y_row) = rows_of(residual), (y, 0) if y is None else rows_of(y)
+    width = residual.shape[-1]
+    rows = residual.numel() // width
+    align = row_alignment(row, y_row, width)
     height, chunk, chunks, warps = tiles(width, False)
     with _triton.on_device(residual):
         _forward(
             (-(-rows // height), 1, 1), (residual, y, weight.contiguous(), out, normed),
-            (residual.stride(0) // align, y_row // align, rows, eps),
+            (row // align, y_row // align, rows, eps),
             (y is not None, width, height, chunk, chunks, align), warps,
         )  # fmt: skip
     return out, normed
@@ -149,9 +149,10 @@ def backward(
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     if out.numel() == 0:
         return dresidual, dy, dweight.zero_()
-    x, dnormed, dout = _rows(out), _rows(dnormed), None if dout is None else _rows(dout)
-    rows, width = x.shape
-    strides = dnormed.stride(0), x.stride(0), 0 if dout is None else dout.stride(0)
+    (dnormed, dnormed_row), (x, x_row) = rows_of(dnormed), rows_of(out)
+    dout, dout_row = (dout, 0) if dout is None else rows_of(dout)
+    width = x.shape[-1]
+    rows, strides = x.numel() // width, (dnormed_row, x_row, dout_row)
     align = row_alignment(*strides, width)
     height, chunk, chunks, warps = tiles(width, True)
     wanted = -(-_triton.multiprocessors(x.device) * triton_norm.RESIDENT_WARPS // warps)
@@ -165,8 +166,3 @@ def backward(
         )  # fmt: skip
         sum_partials(partial, None, dweight)
     return dresidual, dy, dweight
-
-
-def _rows(t: Tensor) -> Tensor:
-    """`(rows, width)` with a contiguous last dimension: a view wherever the rows are evenly spaced."""
-    return _triton.rows_last(t.reshape(-1, t.shape[-1]))

@@ -174,16 +174,15 @@ def forward(x: Tensor, z: Tensor | None, weight: Tensor, group_size: int, norm_b
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
-    x, z = _rows(x), z if z is None else _rows(z)
-    rows, width = x.shape
-    z_row = 0 if z is None else z.stride(0)
-    align = row_alignment(x.stride(0), z_row, width, group_size)
+    (x, x_row), (z, z_row), width = rows_of(x), (z, 0) if z is None else rows_of(z), x.shape[-1]
+    rows = x.numel() // width
+    align = row_alignment(x_row, z_row, width, group_size)
     gate = 0 if z is None else 1 + norm_before_gate
     height, chunk, chunks, warps = tiles(group_size, False)
     with _triton.on_device(x):
         _forward(
             (-(-rows // height), width // group_size, 1), (x, z, weight.contiguous(), y),
-            (x.stride(0) // align, z_row // align, rows, width // align, eps),
+            (x_row // align, z_row // align, rows, width // align, eps),
             (gate, group_size, height, chunk, chunks, align), warps,
         )  # fmt: skip
     return y
@@ -204,10 +203,10 @@ def backward(
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     if x.numel() == 0:
         return dx, x.new_empty(0) if dz is None else dz, dweight.zero_()
-    dy, x, z = _rows(dy), _rows(x), z if z is None else _rows(z)
-    rows, width = x.shape
-    z_row = 0 if z is None else z.stride(0)
-    align = row_alignment(dy.stride(0), x.stride(0), z_row, width, group_size)
+    (dy, dy_row), (x, x_row), (z, z_row) = rows_of(dy), rows_of(x), (z, 0) if z is None else rows_of(z)
+    width = x.shape[-1]
+    rows = x.numel() // width
+    align = row_alignment(dy_row, x_row, z_row, width, group_size)
     gate = 0 if z is None else 1 + norm_before_gate
     height, chunk, chunks, warps = tiles(group_size, True)
     groups = width // group_size
@@ -217,14 +216,23 @@ def backward(
         partial = torch.empty((programs, 1, width), dtype=torch.float32, device=x.device)
         _backward(
             (programs, groups, 1), (dy, x, z, weight.contiguous(), dx, dz, partial),
-            (dy.stride(0) // align, x.stride(0) // align, z_row // align, rows, width // align, eps),
+            (dy_row // align, x_row // align, z_row // align, rows, width // align, eps),
             (gate, group_size, height, chunk, chunks, align, like_z), warps,
         )  # fmt: skip
         sum_partials(partial, None, dweight)
     return dx, x.new_empty(0) if dz is None else dz, dweight
 
 
-def _rows(t: Tensor) -> Tensor:
-    """`(rows, d)` with a contiguous last dimension: a view wherever the rows are evenly spaced."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+def rows_of(t: Tensor) -> tuple[Tensor, int]:
+    """`(..., d)` whose rows are evenly spaced, with a contiguous last dimension, and the step from row to row.
+
+    The tensor itself wherever it is so; views, which the kernels do without, take longer to make than to look at it.
+    """
+    *outer, width = t.shape
+    *steps, last = t.stride()
+    if last == 1 and outer:
+        step = steps[-1]
+        if all(steps[i] == steps[i + 1] * outer[i + 1] for i in range(len(outer) - 1)):
+            return t, step
+    t = _triton.rows_last(t.reshape(-1, width))
+    return t, t.stride(0)
