@@ -289,7 +289,7 @@ def _form(op: str, impl: str, x: Tensor, B: Tensor) -> str:
         form = impl
     else:
         form = _dispatch.choose(OPERATOR, impl, x.device)
-    reason = _triton.obstacle(x.device)
+    reason = None
     if form in ("triton", "numba"):
         unsupported = configs.unsupported(x.dtype, B.shape[3]) if form == "triton" else _numba.unsupported(x.dtype)
         if unsupported is None:
@@ -297,8 +297,10 @@ def _form(op: str, impl: str, x: Tensor, B: Tensor) -> str:
         if impl == form:
             raise ValueError(f"{op}: impl={impl!r} cannot run on these inputs: {unsupported}; use impl='auto'.")
         reason, form = unsupported, "chunked"
-    if impl == "auto" and x.is_cuda and reason is not None and not torch.compiler.is_compiling():
-        _dispatch.announce_slow_path(op, "cuda", reason)
+    if impl == "auto" and x.is_cuda and not torch.compiler.is_compiling():
+        reason = reason or _triton.obstacle(x.device)
+        if reason is not None:
+            _dispatch.announce_slow_path(op, "cuda", reason)
     return form
 
 

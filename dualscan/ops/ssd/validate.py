@@ -19,28 +19,33 @@ def dimensions(op: str, name: str, t: Tensor, expected: Mapping[str, int | None]
     """
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}.")
-    sizes = tuple(expected.values())
-    if t.ndim != len(sizes) or any(want is not None and got != want for got, want in zip(t.shape, sizes, strict=True)):
+    shape = tuple(t.shape)
+    fits = len(shape) == len(expected)
+    if fits:
+        for got, want in zip(shape, expected.values(), strict=True):  # a loop, since a generator takes as long again
+            if want is not None and got != want:
+                fits = False
+    if not fits:
         words = ", ".join(dim if size is None else f"{dim}={size}" for dim, size in expected.items())
-        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; expected ({words}).")
-    return tuple(t.shape)
+        raise ValueError(f"{op}: {name} has shape {shape}; expected ({words}).")
+    return shape
 
 
 def same_kind(op: str, leader: str, reference: Tensor, others: dict[str, Tensor | None], *, dtype: bool) -> None:
     """Checks that tensors share the leader's device and, if asked, its dtype; None is skipped."""
+    device = reference.device
     for name, t in others.items():
         if t is None:
             continue
-        if t.device != reference.device:
-            raise ValueError(
-                f"{op}: {name} is on {t.device}, {leader} on {reference.device}; move it with .to({leader}.device)."
-            )
-        if dtype and t.dtype != reference.dtype:
+        if t.device != device:
+            raise ValueError(f"{op}: {name} is on {t.device}, {leader} on {device}; move it with .to({leader}.device).")
+        own = t.dtype
+        if dtype and own != reference.dtype:
             raise TypeError(
-                f"{op}: {name} has dtype {t.dtype}, {leader} {reference.dtype}; cast one of them, they must agree."
+                f"{op}: {name} has dtype {own}, {leader} {reference.dtype}; cast one of them, they must agree."
             )
-        if not t.dtype.is_floating_point:
-            raise TypeError(f"{op}: {name} has dtype {t.dtype}; it must be floating point.")
+        if not own.is_floating_point:
+            raise TypeError(f"{op}: {name} has dtype {own}; it must be floating point.")
 
 
 def heads(op: str, nheads: int, ngroups: int) -> None:
