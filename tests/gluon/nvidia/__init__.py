@@ -1,0 +1,1 @@
+"""`gluon.language.nvidia`: copy engine, barriers and tensor cores."""
