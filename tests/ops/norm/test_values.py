@@ -23,7 +23,7 @@ def by_hand(
     """One scalar mean and one division for every row and group."""
     group = group or x.shape[-1]
     flat, gates = x.reshape(-1, x.shape[-1]), None if z is None else z.reshape(-1, x.shape[-1])
-    rows = [torch.zeros(0, x.shape[-1], dtype=x.dtype)]
+    rows = [torch.zeros(0, x.shape[-1], dtype=x.dtype, device=x.device)]
     for i, row in enumerate(flat):
         gate = torch.ones_like(row) if gates is None else gates[i] / (1 + torch.exp(-gates[i]))
         value = row if norm_before_gate else row * gate
