@@ -366,7 +366,7 @@ def compile_ahead(shapes: list[str]) -> None:
 
 def tests_pass() -> bool:
     """Whether the operator's tests pass on this device."""
-    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", str(min(os.cpu_count() or 1, 14))] if importlib.util.find_spec("xdist") else []
     files = [f"tests/ops/ssd/{name}.py" for name in ("test_triton", "test_triton_cuda")]
     quiet = ["-q", "-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default"]
     run = subprocess.run(

@@ -74,14 +74,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 def differentiable(
     name: str, forward: Routine, backward: Routine, count: int, instead: str,
-    launchers: tuple[Routine, Routine] | None = None,
+    launchers: tuple[Routine, Routine] | None = None
 ) -> Routine:  # fmt: skip
     """The autograd function of a pair of operators: the inputs are saved, the backward operator recomputes the rest.
 
     Args:
         name: of the public operator, for the message.
-        forward: returns y and the final states.
-        backward: takes their gradients, None where there is none, and then what `forward` takes.
+        forward: returns y and the final states, and maybe more for the backward.
+        backward: takes their gradients, None where there is none, then what else there was, and what `forward` takes.
         count: so many of the first arguments have gradients; the tensors after them, and the plain values, have none.
         instead: what to use for second derivatives.
         launchers: what is registered for both operators on CPU and CUDA, for the short way.
@@ -92,21 +92,26 @@ def differentiable(
     pair = forward, backward
     run, run_back = pair if launchers is None else map(shortcut, pair, launchers)
 
-    def below(*args: Any) -> tuple[Tensor, Tensor]:
+    def below(*args: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             return run(*args)
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*[t for t in args if t is None or isinstance(t, Tensor)])
+            results = below(*args)
+            ctx.save_for_backward(*results[2:], *[t for t in args if t is None or isinstance(t, Tensor)])
             ctx.values = [t for t in args if t is not None and not isinstance(t, Tensor)]
-            return below(*args)
+            ctx.more = len(results) - 2
+            if ctx.more:
+                ctx.mark_non_differentiable(*results[2:])
+            return results
 
         @staticmethod
         def backward(ctx: Any, *grads_out: Any) -> tuple[Tensor | None, ...]:
-            inputs = ctx.saved_tensors
+            saved = ctx.saved_tensors  # once: unpacking may compute them again
+            grads_out, more, inputs = grads_out[:2], saved[: ctx.more], saved[ctx.more :]
             nothing = [None] * (len(inputs) - count + len(ctx.values))
             if all(g is None for g in grads_out):
                 return *([None] * count), *nothing
@@ -116,10 +121,10 @@ def differentiable(
                     f"do not have; use {instead}."
                 )
             with without_autocast(inputs[0].device):
-                grads = run_back(*grads_out, *inputs, *ctx.values)
+                grads = run_back(*grads_out, *more, *inputs, *ctx.values)
             return *(None if t is None else g for t, g in zip(inputs, grads, strict=False)), *nothing
 
-    def autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    def autograd(*args: Any) -> tuple[Tensor, ...]:
         return Function.apply(*args) if asks_for_gradient(args) else below(*args)
 
     return autograd

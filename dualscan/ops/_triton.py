@@ -78,12 +78,14 @@ class Plan:
     """The pieces of a batch, as tables on the device, int32.
 
     Attributes:
-        segments: (batch row, first token, end, first chunk, sequence, edges) each: what one sequential program covers.
-            `edges` is 1 for a sequence's first segment, 2 for its last, 3 for the only one, 0 for no segment.
+        segments: (batch row, first token, end, first chunk, sequence, edges, first super-chunk) each: what one
+            sequential program covers. `edges` is 1 for a sequence's first segment, 2 for its last, 3 for the only one,
+            0 for no segment.
         before, after: the segments that have one after, and one before: whose states others start from, forward and
             backward. Packed sequences have all of them in both.
         sequences: (first segment, segments) each.
         chunks: (batch row, first token, end of the sequence) each.
+        supers: super-chunks of several chunks: (batch row, first token, end of the sequence, first chunk) each.
         segment: tokens a segment at most.
         split: whether some sequence may have several segments.
         ragged: whether the tables may hold more chunks than the sequences have; those are empty.
@@ -94,34 +96,60 @@ class Plan:
     after: Tensor
     sequences: Tensor
     chunks: Tensor
+    supers: Tensor
     segment: int
     split: bool
     ragged: bool
 
 
+# Columns of the table of segments.
+SEGMENT = 7
+
+
 @lru_cache(maxsize=256)
-def batch_plan(batch: int, seqlen: int, chunk: int, segment: int, device: torch.device) -> Plan:
-    """Equal sequences: every batch row is one."""
-    chunks, segments = -(-seqlen // chunk), -(-seqlen // segment)
+def batch_plan(batch: int, seqlen: int, chunk: int, every: int, segment: int, device: torch.device) -> Plan:
+    """Equal sequences: every batch row is one. A super-chunk has `every` chunks."""
+    chunks, segments, supers = (-(-seqlen // size) for size in (chunk, segment, chunk * every))
     row, first = torch.arange(batch)[:, None], torch.arange(segments)[None, :] * segment
     start = first.expand(batch, -1)
     edges = (torch.arange(segments) == 0).int() + 2 * (torch.arange(segments) == segments - 1).int()
-    columns = (row, start, (start + segment).clamp(max=seqlen), row * chunks + start // chunk, row, edges)
+    first_chunk, first_super = row * chunks + start // chunk, row * supers + start // (chunk * every)
+    columns = (row, start, (start + segment).clamp(max=seqlen), first_chunk, row, edges, first_super)
     segment_table = torch.stack([c.expand(batch, segments) for c in columns], -1)
-    place = torch.arange(chunks)[None, :] * chunk
-    chunk_table = torch.stack([c.expand(batch, chunks) for c in (row, place, torch.tensor(seqlen))], -1).reshape(-1, 3)
+
+    def pieces(count: int, size: int) -> Tensor:
+        place = torch.arange(count)[None, :]
+        columns = (row, place * size, torch.tensor(seqlen), row * chunks + place * (size // chunk))
+        return torch.stack([c.expand(batch, count) for c in columns], -1).reshape(-1, 4)
+
     sequences = torch.stack([row[:, 0] * segments, torch.full((batch,), segments)], -1)
     parts = (segment_table, segment_table[:, :-1], segment_table[:, 1:])
-    tables = [t.to(device, torch.int32) for t in (*(part.reshape(-1, 6) for part in parts), sequences, chunk_table)]
+    segment_tables = [part.reshape(-1, SEGMENT) for part in parts]
+    piece_tables = (pieces(chunks, chunk)[:, :3], pieces(supers, chunk * every))
+    tables = [t.to(device, torch.int32).contiguous() for t in (*segment_tables, sequences, *piece_tables)]
     return Plan(*tables, segment=segment, split=segments > 1, ragged=False)
 
 
-def packed_plan(cu_seqlens: Tensor, seqlen: int, chunk: int, segment: int) -> Plan:
+def packed_plan(cu_seqlens: Tensor, seqlen: int, chunk: int, every: int, segment: int) -> Plan:
     """Packed sequences, without looking at the lengths: the tables are as long as they can ever need to be."""
+    make = packed_tables
+    if cu_seqlens.is_cuda:
+        from dualscan.ops import triton_plan
+
+        make = triton_plan.packed_tables
+    segments, sequences, chunks, supers = make(cu_seqlens, seqlen, chunk, every, segment)
+    split = segments.shape[0] > sequences.shape[0]
+    return Plan(segments, segments, segments, sequences, chunks, supers, segment=segment, split=split, ragged=True)
+
+
+def packed_tables(
+    cu_seqlens: Tensor, seqlen: int, chunk: int, every: int, segment: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Segments, sequences, chunks and supers of packed sequences; the specification of `triton_plan`."""
     nseq, device = cu_seqlens.shape[0] - 1, cu_seqlens.device
     start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    length = end - start
-    chunk_start = _starts(-(-length // chunk))
+    length, long = end - start, chunk * every
+    chunk_start, super_start = _starts(-(-length // chunk)), _starts(-(-length // long))
     counts = (-(-length // segment)).clamp(min=1)
     segment_start = _starts(counts)
 
@@ -138,35 +166,43 @@ def packed_plan(cu_seqlens: Tensor, seqlen: int, chunk: int, segment: int) -> Pl
     owner, token, limit, inside = pieces(nsegments, segment_start, segment)
     zero = torch.zeros_like(owner)
     first_chunk = chunk_start[owner] + (token - start[owner]) // chunk
+    first_super = super_start[owner] + (token - start[owner]) // long
     edges = ((token == start[owner]).long() + 2 * (token + segment >= limit).long()) * inside
-    segments = torch.stack([zero, token, torch.minimum(token + segment, limit), first_chunk, owner, edges], -1)
+    last = torch.minimum(token + segment, limit)
+    segments = torch.stack([zero, token, last, first_chunk, owner, edges, first_super], -1)
     _, token, limit, _ = pieces(nseq + seqlen // chunk, chunk_start, chunk)
     chunks = torch.stack([torch.zeros_like(token), token, limit], -1)
+    owner, token, limit, _ = pieces(nseq + seqlen // long, super_start, long)
+    first_chunk = chunk_start[owner] + (token - start[owner]) // chunk
+    supers = torch.stack([torch.zeros_like(token), token, limit, first_chunk], -1)
     sequences = torch.stack([segment_start[:-1], counts], -1)
-    segments, sequences, chunks = (t.to(torch.int32).contiguous() for t in (segments, sequences, chunks))
-    return Plan(segments, segments, segments, sequences, chunks, segment=segment, split=nsegments > nseq, ragged=True)
+    segments, sequences, chunks, supers = (t.to(torch.int32) for t in (segments, sequences, chunks, supers))
+    return segments, sequences, chunks, supers
 
 
 def _starts(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def plan(cu_seqlens: Tensor | None, batch: int, seqlen: int, chunk: int, segment: int, device: torch.device) -> Plan:
-    """The plan of a call; `segment` is a multiple of `chunk`.
+def plan(
+    cu_seqlens: Tensor | None, batch: int, seqlen: int, chunk: int, every: int, segment: int, device: torch.device
+) -> Plan:
+    """The plan of a call; `segment` is a multiple of `chunk * every`.
 
     A packed plan is kept as long as its boundaries: every layer of a model has the same.
     """
     if cu_seqlens is None:
-        return batch_plan(batch, seqlen, chunk, segment, device)
+        return batch_plan(batch, seqlen, chunk, every, segment, device)
     on_gpu = cu_seqlens.is_cuda
-    if on_gpu and torch.cuda.is_current_stream_capturing():
-        # What is captured is computed at the replay only: nothing outside may read it.
-        return packed_plan(cu_seqlens, seqlen, chunk, segment)
+    if cu_seqlens.is_inference() or (on_gpu and torch.cuda.is_current_stream_capturing()):
+        # Changes of an inference tensor leave no trace. What is captured is computed at the replay only: nothing
+        # outside may read it.
+        return packed_plan(cu_seqlens, seqlen, chunk, every, segment)
     stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-    key = (cu_seqlens._version, seqlen, chunk, segment, stream)
+    key = (cu_seqlens._version, seqlen, chunk, every, segment, stream)
     owner, known, packed = _PACKED.get(id(cu_seqlens), (None, None, None))
     if packed is None or known != key or owner is None or owner() is not cu_seqlens:
-        packed = packed_plan(cu_seqlens, seqlen, chunk, segment)
+        packed = packed_plan(cu_seqlens, seqlen, chunk, every, segment)
         name = id(cu_seqlens)
         _PACKED[name] = (weakref.ref(cu_seqlens, lambda _: _PACKED.pop(name, None)), key, packed)
     return packed

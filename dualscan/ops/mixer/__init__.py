@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dualscan.ops import _triton
+from dualscan.ops._autograd import asks_for_gradient
 from dualscan.ops._launch import unsupported
 from dualscan.ops.mixer import library
 from dualscan.ops.norm.library import LARGEST_GROUP
@@ -95,7 +96,7 @@ def mix(
         conv_states: `(batch or nseq, channels, width - 1)` in the dtype of `projected`; None is zero.
         ssm_states: `(batch or nseq, nheads, headdim, d_state)` float32; None is zero.
         cu_seqlens: `(nseq + 1,)` int32 boundaries of packed sequences; batch must be 1.
-        keep: keeps the convolved channels for the backward, which else computes them again.
+        keep: keeps the convolved channels and SSD's states on the way for the backward, which else computes them again.
 
     Returns:
         `MixOutput(y, conv, ssm, scanned)`; the first three are differentiable.
@@ -113,8 +114,10 @@ def mix(
             raise ValueError(f"Mamba2: the state's {name} has batch {states.shape[0]}; expected {nseq} sequences.")
     ngroups, norm_groups, norm_before_gate, eps, limit = sizes
     low, high = limit
-    y, conv, ssm, _, scanned = library.mix(
-        projected, conv_weight, conv_bias, A_log, dt_bias, D, norm_weight, conv_states, ssm_states, cu_seqlens,
-        ngroups, norm_weight.shape[0] // norm_groups, norm_before_gate, eps, float(low), float(high), keep,
+    tensors = projected, conv_weight, conv_bias, A_log, dt_bias, D, norm_weight, conv_states, ssm_states
+    keep = keep and asks_for_gradient(tensors)
+    y, conv, ssm, scanned, *_ = library.mix(
+        *tensors, cu_seqlens, ngroups, norm_weight.shape[0] // norm_groups, norm_before_gate, eps,
+        float(low), float(high), keep,
     )  # fmt: skip
     return MixOutput(y, conv, ssm, scanned)

@@ -1,7 +1,7 @@
 """The operator boundary of the mixer: `dualscan::mamba2_mix_fwd` and `_bwd`, with fake kernels, gradient, FLOPs.
 
-Two of the forward's results are there for the backward: what comes out of SSD, and what comes out of the convolution,
-unless `keep` is false and the backward computes it again.
+Three of the forward's results are there for the backward: what comes out of SSD, and, unless `keep` is false and the
+backward computes them again, what comes out of the convolution and SSD's states on the way.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dualscan.ops._autograd import asks_for_gradient, entry, shortcut
 from dualscan.ops.ssd import blocks
+from dualscan.ops.ssd.configs import saved_states
 from dualscan.ops.ssd.library import backward_flops, forward_flops
 
 _INPUTS = (
@@ -20,14 +21,18 @@ _INPUTS = (
     "bool norm_before_gate, float eps, float dt_min, float dt_max, bool keep"
 )
 _LIB = torch.library.Library("dualscan", "FRAGMENT")
-_LIB.define(f"mamba2_mix_fwd({_INPUTS}) -> (Tensor y, Tensor conv, Tensor ssm, Tensor convolved, Tensor scanned)")
 _LIB.define(
-    f"mamba2_mix_bwd(Tensor? dy, Tensor? dconv, Tensor? dssm, Tensor convolved, Tensor scanned, {_INPUTS}) -> "
-    "(Tensor dprojected, Tensor dconv_weight, Tensor dconv_bias, Tensor dA_log, Tensor ddt_bias, Tensor dD, "
-    "Tensor dnorm_weight, Tensor dconv_states, Tensor dssm_states)"
+    f"mamba2_mix_fwd({_INPUTS}) -> (Tensor y, Tensor conv, Tensor ssm, Tensor scanned, Tensor convolved, Tensor states)"
+)
+_LIB.define(
+    f"mamba2_mix_bwd(Tensor? dy, Tensor? dconv, Tensor? dssm, Tensor scanned, Tensor convolved, Tensor states, "
+    f"{_INPUTS}) -> (Tensor dprojected, Tensor dconv_weight, Tensor dconv_bias, Tensor dA_log, Tensor ddt_bias, "
+    "Tensor dD, Tensor dnorm_weight, Tensor dconv_states, Tensor dssm_states)"
 )
 # Tensors of the forward that have gradients; cu_seqlens comes after them.
 _DIFFERENTIABLE = 9
+# The backward's first arguments, before those of the forward: three gradients, and three results of the forward.
+_FIRST = 6
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
@@ -74,19 +79,22 @@ def _fake_forward(
     shapes = (projected.shape, conv_weight.shape, A_log.shape, norm_weight.shape)
     batch, seqlen, nheads, headdim, d_state, channels, width = sizes(*shapes, ngroups)
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    scanned = projected.new_empty(batch, seqlen, nheads, headdim)
+    groups = projected.new_empty(batch, seqlen, ngroups, d_state)
     return (
         projected.new_empty(batch, seqlen, nheads * headdim),
         projected.new_empty(nseq, width - 1, channels).transpose(1, 2),
         projected.new_empty(nseq, nheads, headdim, d_state, dtype=torch.float32),
+        scanned,
         projected.new_empty((batch, seqlen, channels) if values[-1] else 0),
-        projected.new_empty(batch, seqlen, nheads, headdim),
+        projected.new_empty(saved_states(scanned, groups, cu_seqlens) if values[-1] else 0),
     )
 
 
 @torch.library.register_fake("dualscan::mamba2_mix_bwd", lib=_LIB)
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
-    inputs = args[5 : 5 + _DIFFERENTIABLE]
-    grads = [args[3].new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+    inputs = args[_FIRST : _FIRST + _DIFFERENTIABLE]
+    grads = [args[_FIRST].new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
     if inputs[7] is not None:
         grads[7] = inputs[7].new_empty(inputs[7].transpose(1, 2).shape).transpose(1, 2)
     return tuple(grads)
@@ -104,7 +112,7 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads_out: Any) -> tuple[Tensor | None, ...]:
-        convolved, scanned, *inputs = ctx.saved_tensors
+        scanned, convolved, states, *inputs = ctx.saved_tensors
         nothing = [None] * (1 + len(ctx.values))
         if all(g is None for g in grads_out[:3]):
             return *([None] * _DIFFERENTIABLE), *nothing
@@ -113,7 +121,7 @@ class _Mix(torch.autograd.Function):
                 "Mamba2: create_graph=True asks for a second derivative, which the kernels do not have; use "
                 "Mamba2(impl='quadratic') or impl='recurrent'."
             )
-        grads = _run_back(*grads_out[:3], convolved, scanned, *inputs, *ctx.values)
+        grads = _run_back(*grads_out[:3], scanned, convolved, states, *inputs, *ctx.values)
         return *(None if t is None else g for t, g in zip(inputs, grads, strict=False)), *nothing
 
 
@@ -149,4 +157,4 @@ def _flops_forward(*args: Any, **_: Any) -> int:
 
 @register_flop_formula(torch.ops.dualscan.mamba2_mix_bwd)
 def _flops_backward(*args: Any, **_: Any) -> int:
-    return _counted(args[5:], args[5 + _DIFFERENTIABLE + 1], True)
+    return _counted(args[_FIRST:], args[_FIRST + _DIFFERENTIABLE + 1], True)

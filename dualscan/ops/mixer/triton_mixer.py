@@ -49,20 +49,22 @@ def forward(
     norm_weight: Tensor, conv_states: Tensor | None, ssm_states: Tensor | None, cu_seqlens: Tensor | None,
     ngroups: int, norm_group: int, norm_before_gate: bool, eps: float, dt_min: float, dt_max: float, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`y`, the final states of the convolution and of SSD, and what came out of both; of the first only to `keep`."""
+    """`y`, the final states of the convolution and of SSD, and what came out of SSD.
+
+    And, to `keep` for the backward, what came out of the convolution, and SSD's states on the way."""
     nheads, d_inner = A_log.shape[0], norm_weight.shape[0]
     z, xBC, dt = columns(projected, d_inner, conv_weight.shape[0], nheads)
     convolved, conv = triton_conv1d.forward(xBC, conv_weight.squeeze(1), conv_bias, conv_states, cu_seqlens, True)
     x, B, C = channels(convolved, d_inner, nheads, ngroups)
-    scanned, ssm = triton_scan.forward(
-        x, dt, A_log.exp().neg_(), B, C, D, dt_bias, ssm_states, cu_seqlens, True, dt_min, dt_max
+    scanned, ssm, states = triton_scan.forward(
+        x, dt, A_log.exp().neg_(), B, C, D, dt_bias, ssm_states, cu_seqlens, True, dt_min, dt_max, keep
     )
     y = triton_norm.forward(scanned.flatten(2), z, norm_weight, norm_group, norm_before_gate, eps)
-    return y, conv, ssm, convolved if keep else projected.new_empty(0), scanned
+    return y, conv, ssm, scanned, convolved if keep else projected.new_empty(0), states
 
 
 def backward(
-    dy: Tensor | None, dconv: Tensor | None, dssm: Tensor | None, convolved: Tensor, scanned: Tensor,
+    dy: Tensor | None, dconv: Tensor | None, dssm: Tensor | None, scanned: Tensor, convolved: Tensor, states: Tensor,
     projected: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, A_log: Tensor, dt_bias: Tensor, D: Tensor,
     norm_weight: Tensor, conv_states: Tensor | None, ssm_states: Tensor | None, cu_seqlens: Tensor | None,
     ngroups: int, norm_group: int, norm_before_gate: bool, eps: float, dt_min: float, dt_max: float, keep: bool,
@@ -85,7 +87,7 @@ def backward(
     A = A_log.exp().neg_()
     into = {"dt": grads.dt, **channels(dconvolved, d_inner, nheads, ngroups)._asdict()}
     _, _, dA, _, _, dD, ddt_bias, dssm_states = triton_gradients.backward(
-        dscanned.view(scanned.shape), dssm, x, dt, A, B, C, D, dt_bias, ssm_states,
+        dscanned.view(scanned.shape), dssm, states, x, dt, A, B, C, D, dt_bias, ssm_states,
         cu_seqlens, True, dt_min, dt_max, into=into,
     )  # fmt: skip
     _, dtaps, dconv_bias, dconv_states = triton_conv1d.backward(

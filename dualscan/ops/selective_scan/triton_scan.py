@@ -130,9 +130,9 @@ def place(segments, channels, ngroups, BLOCK: tl.constexpr):
     blocks = tl.cdiv(per_group, BLOCK)
     block, group = tl.program_id(0) % blocks, (tl.program_id(0) // blocks) % ngroups
     segment = (tl.program_id(0) // (blocks * ngroups)).to(tl.int64)
-    row = tl.load(segments + segment * 6).to(tl.int64)
-    begin, end = tl.load(segments + segment * 6 + 1), tl.load(segments + segment * 6 + 2)
-    tile = tl.load(segments + segment * 6 + 3).to(tl.int64)
+    row = tl.load(segments + segment * 7).to(tl.int64)
+    begin, end = tl.load(segments + segment * 7 + 1), tl.load(segments + segment * 7 + 2)
+    tile = tl.load(segments + segment * 7 + 3).to(tl.int64)
     return segment, row, begin, end, tile, block, group, group * per_group + block * BLOCK, per_group - block * BLOCK
 
 
@@ -352,7 +352,7 @@ def gradient_kernel(
             tl.store(partial + matrix + n * (2 * ROWS) + lane // 16 * ROWS + lane % ROWS, total, mask=lane % 16 < ROWS)
         tl.debug_barrier()
         # The first token is read again, because the rows' addresses would be kept through the loop otherwise.
-        first = tl.load(segments + segment * 6 + 1) + j * ROWS
+        first = tl.load(segments + segment * 7 + 1) + j * ROWS
         after, lines = first - ROWS, tl.where(i + 1 < count, n_states, 0)
         columns = packed + ((tile + j - 1) * ngroups + group) * n_states * (2 * ROWS)
         touched = (touch_states(columns, lines, 2 * ROWS, 2 * ROWS, 2 * ROWS),)
@@ -494,7 +494,7 @@ class _Call:
         self.blocks = _triton.cdiv(channels // self.ngroups, tile.channels)
         warps = self.blocks * self.ngroups * tile.warps
         segment = tile.segment(warps, _triton.multiprocessors(x.device), batch, seqlen)
-        self.plan = _triton.plan(cu_seqlens, batch, seqlen, tile.rows, segment, x.device)
+        self.plan = _triton.plan(cu_seqlens, batch, seqlen, tile.rows, 1, segment, x.device)
         self.rates = (A.float() * LOG2E.value).t().contiguous()
         self.packed = triton_columns.pack(B, C, self.plan, tile.rows)
         self.nsegments, self.tiles = self.plan.segments.shape[0], self.plan.chunks.shape[0]

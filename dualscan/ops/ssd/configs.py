@@ -8,10 +8,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
+
+from dualscan.ops import _triton
 
 MAX_D_STATE = 256
 # Compute capabilities with 99 KiB of shared memory a program; the data-centre ones have 163 KiB and more.
 SMALL_SHARED_MEMORY = frozenset({(8, 6), (8, 9), (12, 0), (12, 1)})
+# The kernels for Hopper GPUs: tokens and columns of a tile, states that they know, and chunks of a super-chunk, for
+# each of which the backward has one state.
+HOPPER_TILE = 64
+HOPPER_STATES = (64, 128, 256)
+HOPPER_EVERY = 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -56,6 +64,27 @@ def unsupported(dtype: torch.dtype, d_state: int) -> str | None:
     if d_state > MAX_D_STATE:
         return f"d_state={d_state} is above {MAX_D_STATE}, the most that fits the registers"
     return None
+
+
+def on_hopper(device: torch.device) -> bool:
+    """Whether the GPU is one that Hopper's kernels were written for."""
+    return device.type == "cuda" and _triton.capability(device)[0] == 9
+
+
+def for_hopper(x: Tensor, B: Tensor) -> bool:
+    """Whether sizes and dtype are those of Hopper's kernels; strides and alignment decide, too."""
+    sizes = x.shape[3] % HOPPER_TILE == 0 and B.shape[3] in HOPPER_STATES
+    return sizes and x.dtype in (torch.bfloat16, torch.float16) and on_hopper(x.device)
+
+
+def saved_states(x: Tensor, B: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
+    """The shape of the states that the forward may keep for the backward: (super-chunks, nheads, d_state, headdim)."""
+    if x.numel() == 0 or not for_hopper(x, B):
+        return (0,)
+    long = HOPPER_TILE * HOPPER_EVERY
+    batch, seqlen, nheads, headdim = x.shape
+    supers = batch * -(-seqlen // long) if cu_seqlens is None else cu_seqlens.shape[0] - 1 + seqlen // long
+    return supers, nheads, B.shape[3], headdim
 
 
 @lru_cache(maxsize=256)

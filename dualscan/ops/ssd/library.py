@@ -8,7 +8,8 @@ and `ssd_numba_bwd` are the same as kernels for a CPU.
 
 `dualscan::ssd_kernel_fwd` and `ssd_kernel_bwd` are the same for the GPU kernels. They take dt as it comes, with bias,
 softplus and clamp, and as `decay` either A per head or a log-decay per token, because the kernels do that arithmetic on
-the way. Their launchers are imported on the first call.
+the way. With `keep` the forward may also return states that the backward needs. Their launchers are imported on the
+first call.
 """
 
 from typing import Any
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dualscan.ops._autograd import differentiable
+from dualscan.ops._autograd import asks_for_gradient, differentiable, entry
 from dualscan.ops._pointwise import accumulation_dtype
-from dualscan.ops.ssd import blocks, chunked
+from dualscan.ops.ssd import blocks, chunked, configs
 
 _LIB = torch.library.Library("dualscan", "FRAGMENT")
 _CORE = (
@@ -36,12 +37,12 @@ for _name in ("ssd", "ssd_numba"):
 
 _KERNEL = (
     "Tensor x, Tensor? dt, Tensor decay, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial_states, "
-    "Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max"
+    "Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max, bool keep"
 )
-_LIB.define(f"ssd_kernel_fwd({_KERNEL}) -> (Tensor y, Tensor final_states)")
+_LIB.define(f"ssd_kernel_fwd({_KERNEL}) -> (Tensor y, Tensor final_states, Tensor states)")
 _LIB.define(
-    f"ssd_kernel_bwd(Tensor? dy, Tensor? dfinal_states, {_KERNEL}) -> (Tensor dx, Tensor ddt, Tensor ddecay, "
-    "Tensor dB, Tensor dC, Tensor dD, Tensor ddt_bias, Tensor dinitial_states)"
+    f"ssd_kernel_bwd(Tensor? dy, Tensor? dfinal_states, Tensor states, {_KERNEL}) -> (Tensor dx, Tensor ddt, "
+    "Tensor ddecay, Tensor dB, Tensor dC, Tensor dD, Tensor ddt_bias, Tensor dinitial_states)"
 )
 
 _LIB.define(
@@ -62,7 +63,7 @@ def _numba_backward(*args: Any) -> tuple[Tensor, ...]:
     return backward.backward(*args)
 
 
-def _kernel_forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _kernel_forward(*args: Any) -> tuple[Tensor, ...]:
     from dualscan.ops.ssd import triton_scan
 
     return triton_scan.forward(*args)
@@ -125,15 +126,16 @@ def _fake_backward(
     return tuple(like(t) for t in (x, scale, log_decay, B, C, D, initial_states))
 
 
-def _fake_kernel_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    x, _, _, B, _, _, _, _, cu_seqlens, *_ = args
-    return _fake_forward(x, None, x, B, B, None, None, cu_seqlens, 1)
+def _fake_kernel_forward(*args: Any) -> tuple[Tensor, ...]:
+    x, _, _, B, _, _, _, _, cu_seqlens, *_, keep = args
+    states = x.new_empty(configs.saved_states(x, B, cu_seqlens) if keep else (0,))
+    return *_fake_forward(x, None, x, B, B, None, None, cu_seqlens, 1), states
 
 
 def _fake_kernel_backward(*args: Any) -> tuple[Tensor, ...]:
-    x = args[2]
+    x = args[3]
     return tuple(
-        x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in args[2:10]
+        x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in args[3:11]
     )
 
 
@@ -150,10 +152,13 @@ def _fake_step(state: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 _OPS = torch.ops.dualscan
-for _name, _count in (("ssd", 7), ("ssd_numba", 7), ("ssd_kernel", 8)):
-    _forward, _backward = (getattr(_OPS, f"{_name}_{_pass}").default for _pass in ("fwd", "bwd"))
-    _second = "impl='quadratic' or impl='recurrent'"
-    _LIB.impl(f"{_name}_fwd", differentiable("ssd", _forward, _backward, _count, _second), "Autograd")
+_SECOND = "impl='quadratic' or impl='recurrent'"
+for _name in ("ssd", "ssd_numba"):
+    _pair = [getattr(_OPS, f"{_name}_{_pass}").default for _pass in ("fwd", "bwd")]
+    _LIB.impl(f"{_name}_fwd", differentiable("ssd", *_pair, 7, _SECOND), "Autograd")
+_pair = [_OPS.ssd_kernel_fwd.default, _OPS.ssd_kernel_bwd.default]
+_function = differentiable("ssd", *_pair, 8, _SECOND, (_kernel_forward, _kernel_backward))
+_LIB.impl("ssd_kernel_fwd", _function, "Autograd")
 
 
 def forward_flops(
@@ -209,11 +214,21 @@ def _kernel_forward_formula(x: Any, dt: Any, decay: Any, B: Any, *_: Any, **__: 
 
 
 @register_flop_formula(torch.ops.dualscan.ssd_kernel_bwd)
-def _kernel_backward_formula(dy: Any, df: Any, x: Any, dt: Any, decay: Any, B: Any, *_: Any, **__: Any) -> int:
+def _kernel_backward_formula(
+    dy: Any, df: Any, states: Any, x: Any, dt: Any, decay: Any, B: Any, *_: Any, **__: Any
+) -> int:
     return backward_flops(*_sizes(x, B, blocks.DEFAULT_CHUNK_SIZE))
 
 
 # Loaded for its effect: `torch.ops.dualscan.ssd_fwd` exists once this module is imported.
 core = {"chunked": torch.ops.dualscan.ssd_fwd.default, "numba": torch.ops.dualscan.ssd_numba_fwd.default}
-kernel = torch.ops.dualscan.ssd_kernel_fwd.default
+_kernel = entry(torch.ops.dualscan.ssd_kernel_fwd.default, _function)
+
+
+def kernel(*args: Any) -> tuple[Tensor, Tensor]:
+    """`y` and the final states by the GPU kernels; what a backward needs is kept where there may be one."""
+    y, final_states, _ = _kernel(*args, asks_for_gradient(args))
+    return y, final_states
+
+
 step_kernel = torch.ops.dualscan.ssd_step_kernel.default

@@ -28,7 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dualscan.ops import _triton
-from dualscan.ops.ssd import configs, triton_hopper
+from dualscan.ops.ssd import configs
+from dualscan.ops.ssd.hopper import triton_gradients_hopper, triton_scan_hopper
 from dualscan.ops.ssd.triton_scan import LOWEST, RESIDENT, Call, load_tile, step_size
 
 # Bytes of chunk states that the backward keeps at once: for whole groups of heads, which cost nothing to take one after
@@ -37,6 +38,8 @@ from dualscan.ops.ssd.triton_scan import LOWEST, RESIDENT, Call, load_tile, step
 SCRATCH = 2**28
 SCRATCH_OF_A_GROUP = 2**31
 HEADS_STEP = 8
+# Programs a multiprocessor that Hopper's gradient kernel is cut into at least: a wave of long ones ends raggedly.
+WAVES = 12
 
 
 @triton.jit
@@ -45,13 +48,15 @@ def gradient_kernel(
     value_b, value_l, value_h, other_b, other_l, other_h, query_b, query_l, query_h, key_b, key_l, key_h,
     out_part, out_b, out_l, out_h, nheads, heads_per_group, heads_per_program, headdim, d_state, padded,
     Q: tl.constexpr, N: tl.constexpr, NT: tl.constexpr, P: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr, ADD: tl.constexpr, REVERSE: tl.constexpr, VECTOR_D: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, ADD: tl.constexpr, REVERSE: tl.constexpr, ACROSS: tl.constexpr, VECTOR_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one chunk, `heads_per_program` heads of one group, N of the NT state columns.
 
     Grid `(chunks, groups * parts, NT // N)`. dC from dY, X, C, B, S; with REVERSE dB from X, dY, B, C, G. ADD adds to
-    what is there. Sums over parts are left to the caller; those over the blocks of columns in `rows_out` and
-    `inner_out` (block, head, token) to `decay_gradient_kernel`.
+    what is there. `rows_out` gets the row sums of (W ∘ C Bᵀ)_ij s_j; with ACROSS, at token t, its sum over j < t <= i,
+    which is what the suffix sums would make of them, without a difference. Sums over parts are left to the caller;
+    those over the blocks of columns in `rows_out` and `inner_out` (block, head, token) to `decay_gradient_kernel`.
     """
     c, part_lane, n_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts = heads_per_group // heads_per_program
@@ -114,15 +119,18 @@ def gradient_kernel(
         weight = share * s if REVERSE else share
         total = tl.dot((v * weight[:, None]).to(v.dtype), tl.trans(S), total, input_precision=PRECISION)
         slot = ((n_block * BLOCKS + block) * nheads + h).to(tl.int64) * padded + c * Q + q
-        if REVERSE:
-            tl.store(rows_out + slot, pairs)
-            tl.store(inner_out + slot, inner)
-            if VECTOR_D:
-                product = tl.sum(v.to(tl.float32) * o.to(tl.float32), 0)
-                place = (c.to(tl.int64) * nheads + h) * (BLOCKS * P) + column + p
-                tl.store(dD + place, product, mask=(p >= 0) & (n_block == 0))
+        if ACROSS and not REVERSE:
+            before = tl.cumsum(inside * weights, 1)
+            across = tl.sum(tl.where(q[:, None] > q[None, :], before, 0.0), 0)
+            # Of token t the sum that ends at t - 1; the last one is zero, as the first token's is.
+            tl.store(rows_out + slot - q + (q + 1) % Q, across)
         else:
-            tl.store(rows_out + slot, pairs + inner)
+            tl.store(rows_out + slot, pairs)
+        tl.store(inner_out + slot, inner)
+        if VECTOR_D:
+            product = tl.sum(v.to(tl.float32) * o.to(tl.float32), 0)
+            place = (c.to(tl.int64) * nheads + h) * (BLOCKS * P) + column + p
+            tl.store(dD + place, product, mask=(p >= 0) & (n_block == 0))
     high = dweights.to(k.dtype)
     total = tl.dot(high, k, total, input_precision=PRECISION)
     if k.dtype != tl.float32:
@@ -138,62 +146,81 @@ def gradient_kernel(
 
 @triton.jit
 def decay_gradient_kernel(
-    rows_in, dscale, inner, products, overlaps, kept, scale, sums, dt, decay, bias, ddt, ddecay, dA, dbias, dD, chunks,
-    nheads, heads_per_group, padded, low, high, dt_b, dt_l, dt_h, decay_b, decay_l, decay_h, out_b, out_l,
-    Q: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr, N_BLOCKS: tl.constexpr,
-    HAS_DT: tl.constexpr, PER_TOKEN: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
+    reads, dscale, from_state, into_state, products, overlaps, kept, scale, sums, dt, decay, bias, ddt, ddecay, dA,
+    dbias, dD, supers, nheads, heads_per_group, padded, low, high, dt_b, dt_l, dt_h, decay_b, decay_l, decay_h, out_b,
+    out_l,
+    Q: tl.constexpr, EVERY: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
+    PAIRS: tl.constexpr, STATES: tl.constexpr, OVERLAPS: tl.constexpr, ACROSS: tl.constexpr, HAS_DT: tl.constexpr,
+    PER_TOKEN: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
     SCALAR_D: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of scale and sums to those of dt and the decay: `decay_kernel`, backward.
 
-    dt's gradient and a log-decay's are written per token; A's, the bias's and a scalar D's as one sum a chunk
-    `(chunks, nheads)`.
+    One super-chunk a program. dt's gradient and a log-decay's are written per token; A's, the bias's and a scalar D's
+    as one sum a super-chunk `(super-chunks, nheads)`. `reads` and `dscale` come in PAIRS pieces for each of the EVERY
+    chunks that a token reads from, or writes to; `from_state` and `into_state` in STATES, `overlaps` in OVERLAPS
+    pieces. ACROSS is `gradient_kernel`'s.
     """
-    c = tl.program_id(0)
+    T: tl.constexpr = Q * EVERY
+    u = tl.program_id(0)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    q = tl.arange(0, Q)
-    batch = tl.load(chunks + c * 3).to(tl.int64)
-    rows = tl.load(chunks + c * 3 + 1).to(tl.int64) + q
+    q = tl.arange(0, T)
+    batch = tl.load(supers + u * 4).to(tl.int64)
+    first = tl.load(supers + u * 4 + 1)
+    end = tl.load(supers + u * 4 + 2)
+    first_chunk = tl.load(supers + u * 4 + 3)
+    rows = first.to(tl.int64) + q
     known = heads < nheads
-    inside = (rows < tl.load(chunks + c * 3 + 2))[:, None] & known[None, :]
-    ds = tl.zeros([Q, HEADS], tl.float32)
-    reads = tl.zeros([Q, HEADS], tl.float32)
-    into = tl.zeros([Q, HEADS], tl.float32)
-    for part in tl.static_range(BLOCKS * N_BLOCKS):
-        place = (part * nheads + heads).to(tl.int64)[None, :] * padded + c * Q + q[:, None]
-        reads += tl.load(rows_in + place, mask=inside, other=0.0)
-        ds += tl.load(dscale + place, mask=inside, other=0.0)
-        into += tl.load(inner + place, mask=inside, other=0.0)
-    place = heads.to(tl.int64)[None, :] * padded + c * Q + q[:, None]
-    s = tl.load(scale + place, mask=inside, other=0.0)
-    last = tl.load(sums + heads.to(tl.int64) * padded + c * Q + Q - 1, mask=known, other=0.0)
-    alive = known & (tl.load(chunks + c * 3 + 1) < tl.load(chunks + c * 3 + 2))
+    inside = (rows < end)[:, None] & known[None, :]
+    own = (q // Q)[:, None]
+    lanes = heads.to(tl.int64)[None, :] * padded + first_chunk * Q + q[:, None]
+    stride = nheads * padded.to(tl.int64)
+    ds = tl.zeros([T, HEADS], tl.float32)
+    read = tl.zeros([T, HEADS], tl.float32)
+    out_of = tl.zeros([T, HEADS], tl.float32)
+    into = tl.zeros([T, HEADS], tl.float32)
+    for other in tl.static_range(EVERY):
+        earlier = inside & (own >= other)
+        later = inside & (own <= other) & (first + other * Q < end)
+        for piece in tl.static_range(PAIRS):
+            place = lanes + (other * PAIRS + piece) * stride
+            read += tl.load(reads + place, mask=earlier, other=0.0)
+            ds += tl.load(dscale + place, mask=later, other=0.0)
+    for piece in tl.static_range(STATES):
+        out_of += tl.load(from_state + lanes + piece * stride, mask=inside, other=0.0)
+        into += tl.load(into_state + lanes + piece * stride, mask=inside, other=0.0)
+    s = tl.load(scale + lanes, mask=inside, other=0.0)
+    last = tl.zeros([HEADS], sums.dtype.element_ty)
+    for chunk in tl.static_range(EVERY):
+        place = heads.to(tl.int64) * padded + (first_chunk + chunk) * Q + Q - 1
+        last += tl.load(sums + place, mask=known & (first + chunk * Q < end), other=0.0)
     tail = tl.zeros([HEADS], tl.float32)
     for block in tl.static_range(BLOCKS):
-        entries = ((c * nheads + heads).to(tl.int64)[:, None] * BLOCKS + block) * N + tl.arange(0, N)[None, :]
-        tail += tl.sum(tl.load(kept + entries, mask=alive[:, None], other=0.0), 1)
+        entries = ((u * nheads + heads).to(tl.int64)[:, None] * BLOCKS + block) * N + tl.arange(0, N)[None, :]
+        tail += tl.sum(tl.load(kept + entries, mask=(known & (first < end))[:, None], other=0.0), 1)
     tail *= tl.exp2(last.to(tl.float32))
-    product = tl.zeros([Q, HEADS], tl.float32)
-    overlap = tl.zeros([Q, HEADS], tl.float32)
+    product = tl.zeros([T, HEADS], tl.float32)
+    overlap = tl.zeros([T, HEADS], tl.float32)
     for block in tl.static_range(BLOCKS):
-        place = (block * nheads + heads).to(tl.int64)[None, :] * padded + c * Q + q[:, None]
-        product += tl.load(products + place, mask=inside, other=0.0)
-    for block in tl.static_range(N_BLOCKS):
+        product += tl.load(products + lanes + block * stride, mask=inside, other=0.0)
+    for block in tl.static_range(OVERLAPS):
         group = block * tl.cdiv(nheads, heads_per_group) + heads // heads_per_group
-        overlap += tl.load(overlaps + group.to(tl.int64)[None, :] * padded + c * Q + q[:, None], mask=inside, other=0.0)
+        place = group.to(tl.int64)[None, :] * padded + first_chunk * Q + q[:, None]
+        overlap += tl.load(overlaps + place, mask=inside, other=0.0)
     if SCALAR_D:
-        tl.store(dD + c * nheads + heads, tl.sum(product, 0), mask=known)
-    # What the tokens before this one wrote into the state at the chunk's end. Loaded one token late, rather than taken
-    # from a sum with this one's own: where a head decays fast that is larger by all the digits there are.
+        tl.store(dD + u * nheads + heads, tl.sum(product, 0), mask=known)
+    # What the tokens before this one wrote into the state at the end. Loaded one token late, rather than taken from a
+    # sum with this one's own: where a head decays fast that is larger by all the digits there are.
     before = inside & (q > 0)[:, None]
-    written = tl.zeros([Q, HEADS], tl.float32)
-    for part in tl.static_range(BLOCKS * N_BLOCKS):
-        place = (part * nheads + heads).to(tl.int64)[None, :] * padded + c * Q + q[:, None]
-        written += tl.load(inner + place - 1, mask=before, other=0.0)
-    place = heads.to(tl.int64)[None, :] * padded + c * Q + q[:, None]
-    written *= tl.load(scale + place - 1, mask=before, other=0.0)
-    earlier = tl.cumsum(written, 0)
-    dlog = tl.cumsum(reads - s * ds, 0, reverse=True) + earlier + tail[None, :]
+    written = tl.zeros([T, HEADS], tl.float32)
+    for piece in tl.static_range(STATES):
+        written += tl.load(into_state + lanes + piece * stride - 1, mask=before, other=0.0)
+    written *= tl.load(scale + lanes - 1, mask=before, other=0.0)
+    if ACROSS:
+        dlog = read + tl.cumsum(out_of, 0, reverse=True)
+    else:
+        dlog = tl.cumsum(read + out_of - s * ds, 0, reverse=True)
+    dlog += tl.cumsum(written, 0) + tail[None, :]
     ds += into
     ds += product * overlap
     if HAS_DT:
@@ -213,7 +240,7 @@ def decay_gradient_kernel(
     if PER_TOKEN:
         tl.store(ddecay + out, dlog.to(ddecay.dtype.element_ty), mask=inside)
     else:
-        tl.store(dA + c * nheads + heads, tl.sum(tl.where(inside, dlog * value, 0.0), 0), mask=known)
+        tl.store(dA + u * nheads + heads, tl.sum(tl.where(inside, dlog * value, 0.0), 0), mask=known)
         ds += dlog * a[None, :]
     if HAS_DT:
         if CLAMP:
@@ -222,7 +249,7 @@ def decay_gradient_kernel(
             ds *= tl.sigmoid(raw.to(tl.float32) + shift[None, :])
         tl.store(ddt + out, ds.to(ddt.dtype.element_ty), mask=inside)
         if HAS_BIAS:
-            tl.store(dbias + c * nheads + heads, tl.sum(tl.where(inside, ds, 0.0), 0), mask=known)
+            tl.store(dbias + u * nheads + heads, tl.sum(tl.where(inside, ds, 0.0), 0), mask=known)
 
 
 @triton.jit
@@ -254,13 +281,14 @@ def total_kernel(
 
 
 def backward(
-    dy: Tensor | None, dfinal: Tensor | None, x: Tensor, dt: Tensor | None, decay: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, dt_bias: Tensor | None, initial_states: Tensor | None, cu_seqlens: Tensor | None,
-    dt_softplus: bool, dt_min: float, dt_max: float, *, into: Mapping[str, Tensor] | None = None,
+    dy: Tensor | None, dfinal: Tensor | None, states: Tensor, x: Tensor, dt: Tensor | None, decay: Tensor, B: Tensor,
+    C: Tensor, D: Tensor | None, dt_bias: Tensor | None, initial_states: Tensor | None, cu_seqlens: Tensor | None,
+    dt_softplus: bool, dt_min: float, dt_max: float, keep: bool = False, *, into: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, dt, decay, B, C, D, dt_bias and initial_states; an empty tensor for an argument that was None.
 
-    `into` has memory for some of them, by the names of `Tensors`, with adjacent elements in the last dimension.
+    `states` are those that the forward kept; of no elements, they are computed again. `into` has memory for some of the
+    gradients, by the names of `Tensors`, with adjacent elements in the last dimension.
     """
     if x.numel() == 0:
         dstates = x.new_empty(0) if initial_states is None else torch.zeros_like(initial_states)
@@ -272,7 +300,8 @@ def backward(
         dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     with _triton.on_device(x):
         x, B, C = (_triton.rows_last(t) for t in (x, B, C))
-        dy = dy if _triton.describable(dy) and dy.stride(-1) == 1 else dy.contiguous()
+        whole = _triton.describable(dy) and dy.stride(-1) == 1 and triton_scan_hopper.even(dy)
+        dy = dy if whole else dy.contiguous()
         inputs = Tensors(x, dt, decay, B, C, D, dt_bias, initial_states)
         given = into or {}
         made = {
@@ -281,7 +310,7 @@ def backward(
             if t is not None
         }
         grads = result = Tensors(*map(made.get, Tensors._fields))
-        slices = _slices(inputs, cu_seqlens)
+        slices = [(0, x.shape[2])] if states.numel() else _slices(inputs, cu_seqlens)
         split = len(slices) > B.shape[2]
         if split:
             # Sums over the heads of a group, of which a slice adds its own.
@@ -289,7 +318,7 @@ def backward(
         for first, last in slices:
             add = split and first % (x.shape[2] // B.shape[2]) > 0
             _slice(
-                inputs.heads(first, last), grads.heads(first, last), dy[:, :, first:last],
+                inputs.heads(first, last), grads.heads(first, last), dy[:, :, first:last], states,
                 None if dfinal is None else dfinal[:, first:last], cu_seqlens, (dt_softplus, (dt_min, dt_max)), add,
             )  # fmt: skip
         if split:
@@ -328,9 +357,12 @@ def _slices(inputs: Tensors, cu_seqlens: Tensor | None) -> list[tuple[int, int]]
     (batch, seqlen, nheads, headdim), (ngroups, d_state) = inputs.x.shape, inputs.B.shape[2:]
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     config = configs.choose(headdim, d_state, inputs.x.dtype, _triton.capability(inputs.x.device))
-    blocks = _triton.cdiv(headdim, config.columns)
-    chunk_states = 2 * configs.power_of_two(d_state) * blocks * config.columns * inputs.x.element_size()
-    a_head = _triton.cdiv(batch * seqlen, config.chunk) * chunk_states
+    tokens, columns = config.chunk, config.columns
+    if configs.for_hopper(inputs.x, inputs.B):
+        tokens, columns = configs.HOPPER_TILE * configs.HOPPER_EVERY, configs.HOPPER_TILE
+    blocks = _triton.cdiv(headdim, columns)
+    chunk_states = 2 * configs.power_of_two(d_state) * blocks * columns * inputs.x.element_size()
+    a_head = _triton.cdiv(batch * seqlen, tokens) * chunk_states
     slots = RESIDENT * _triton.multiprocessors(inputs.x.device)
     return head_slices(nheads, ngroups, _heads_at_once(nheads, nheads // ngroups, nseq * blocks, a_head, slots))
 
@@ -363,7 +395,7 @@ def head_slices(nheads: int, ngroups: int, most: int) -> list[tuple[int, int]]:
 
 
 def _slice(
-    inputs: Tensors, grads: Tensors, dy: Tensor, dfinal: Tensor | None, cu_seqlens: Tensor | None,
+    inputs: Tensors, grads: Tensors, dy: Tensor, states: Tensor, dfinal: Tensor | None, cu_seqlens: Tensor | None,
     steps: tuple[bool, tuple[float, float]], add: bool,
 ) -> None:  # fmt: skip
     """Writes the gradients of some heads; with `add` those of B and C are added to what is there."""
@@ -374,67 +406,127 @@ def _slice(
     dinitial = grads.initial_states
     if dinitial is not None and not dinitial.is_contiguous():
         dinitial = call.last_states()
-    S, G = call.chunk_states(), call.chunk_states()
+    S, G = states, call.chunk_states()
+    if S.shape != G.shape:
+        S = call.chunk_states()
+        call.scan(x, call.entries(x, initial), None, saved=S)
     # Inner products of S and G, summed over columns (over the state's rows, where it is transposed).
-    rows = triton_hopper.TILE if call.family.hopper else S.shape[2]
+    rows = configs.HOPPER_TILE if call.family.hopper else S.shape[2]
     kept = torch.empty(*S.shape[:2], call.blocks, rows, dtype=torch.float32, device=x.device)
-    call.scan(dy, call.entries(dy, dlast, reverse=True), dinitial, reverse=True, out=grads.x, D=D, saved=G)
-    call.scan(x, call.entries(x, initial), None, saved=S, counterpart=G, kept=kept)
-    pieces = _parameter_gradients(call, grads, dy, S, G, D, add)
-    _decay_gradients(call, grads, kept, D, *pieces)
+    call.scan(
+        dy, call.entries(dy, dlast, reverse=True), dinitial, reverse=True, out=grads.x, D=D, saved=G, counterpart=S,
+        kept=kept,
+    )  # fmt: skip
+    pairs = (_hopper_gradients if call.family.hopper else _plain_gradients)(call, grads, dy, S, G, D, add)
+    _decay_gradients(call, grads, kept, D, pairs)
     if dinitial is not None and dinitial is not grads.initial_states:
         assert grads.initial_states is not None
         grads.initial_states.copy_(dinitial)
 
 
-def _parameter_gradients(
+class Pieces(NamedTuple):
+    """What the decay's gradient is made of, float32: see `decay_gradient_kernel`."""
+
+    reads: Tensor
+    dscale: Tensor
+    from_state: Tensor
+    into_state: Tensor
+    products: Tensor
+    overlaps: Tensor
+
+
+def _across(x: Tensor) -> bool:
+    """Whether the decay's gradient inside a chunk is summed without differences.
+
+    What passes by a token is a difference of sums otherwise, exact to their last digit; float32 is to be more exact.
+    """
+    return x.dtype == torch.float32
+
+
+def _pieces(call: Call, pairs: int, states: int, overlaps: int) -> Pieces:
+    """Room for them: so many pieces of each."""
+    nheads, ngroups = call.x.shape[2], call.B.shape[2]
+    sizes = [(pairs, nheads), (pairs, nheads), (states, nheads), (states, nheads)]
+    sizes += [(call.blocks, nheads), (overlaps, ngroups)]
+    options = {"dtype": torch.float32, "device": call.x.device}
+    return Pieces(*(torch.empty(*size, call.padded, **options) for size in sizes))
+
+
+def _vector_D(call: Call, D: Tensor | None) -> Tensor | None:
+    """Room for a vector D's gradient a chunk; an empty chunk's program writes nothing."""
+    if D is None or D.ndim == 1:
+        return None
+    make = torch.zeros if call.plan.ragged else torch.empty
+    shape = (call.plan.chunks.shape[0], call.x.shape[2], call.blocks * call.family.columns)
+    return make(shape, dtype=torch.float32, device=call.x.device)
+
+
+def _hopper_gradients(
     call: Call, grads: Tensors, dy: Tensor, S: Tensor, G: Tensor, D: Tensor | None, add: bool
-) -> tuple[Tensor, ...]:
+) -> Pieces:
     """Writes dB, dC and a vector D's gradient; returns what the decay's gradient is made of."""
+    x, B, C, supers, every = call.x, call.B, call.C, call.plan.supers, call.family.every
+    (nheads, headdim), (ngroups, d_state) = x.shape[2:], B.shape[2:]
+    tile, blocks, per_group, count = configs.HOPPER_TILE, call.blocks, nheads // ngroups, supers.shape[0]
+    n = min(d_state, triton_scan_hopper.NARROW.value)
+    halves, pairs = d_state // n, every * (every + 1) // 2
+    programs = count * (2 * every * halves + pairs)
+    parts = _head_parts(per_group, programs * ngroups, WAVES * _triton.multiprocessors(x.device))
+    float32 = {"dtype": torch.float32, "device": x.device}
+    totals = torch.empty(2, parts, call.padded, ngroups * d_state, **float32)
+    squares = torch.empty(parts, ngroups, count, pairs, tile, tile, **float32)
+    pieces, dD = _pieces(call, every * blocks, halves * blocks, 1), _vector_D(call, D)
+    tiles, states = triton_scan_hopper.tiles, triton_scan_hopper.state_tiles
+    call.launch(
+        triton_gradients_hopper.gradient_hopper_kernel, (programs, ngroups * parts),
+        (tiles(x), tiles(dy), tiles(B, n), tiles(C, n), states(S, n), states(G, n), totals, squares, *pieces, dD,
+         call.scale, call.sums, supers, totals.stride(2), totals.stride(0), nheads, ngroups, per_group,
+         per_group // parts, headdim, d_state, x.shape[1], call.padded),
+        Q=tile, N=n, HALVES=halves, P=tile, BLOCKS=blocks, EVERY=every, RAGGED=call.family.ragged,
+        VECTOR_D=dD is not None, num_warps=4,
+    )  # fmt: skip
+    call.launch(
+        triton_gradients_hopper.finish_kernel, (count * every, ngroups * halves, 2),
+        (totals, squares, B, C, grads.B, grads.C, supers, totals.stride(2), *B.stride()[:3], *C.stride()[:3],
+         *grads.B.stride()[:3], *grads.C.stride()[:3], totals.stride(0), squares.stride(0), d_state, call.padded,
+         parts),
+        add, Q=tile, N=n, HALVES=halves, EVERY=every, ADD=add, num_warps=4,
+    )  # fmt: skip
+    if dD is not None:
+        assert grads.D is not None
+        grads.D.copy_(dD.sum(0)[:, :headdim])
+    return pieces
+
+
+def _plain_gradients(
+    call: Call, grads: Tensors, dy: Tensor, S: Tensor, G: Tensor, D: Tensor | None, add: bool
+) -> Pieces:
+    """As `_hopper_gradients`, by two launches of `gradient_kernel`."""
     x, B, C, config, plan = call.x, call.B, call.C, call.family.config, call.plan
     nheads, headdim = x.shape[2:]
     ngroups, d_state = B.shape[2:]
-    n, n_total, p, blocks = config.gradient_rows, S.shape[2], config.columns, call.blocks
+    n, n_total, p, blocks = config.gradient_rows, S.shape[2], call.family.columns, call.blocks
     nchunks, per_group = plan.chunks.shape[0], nheads // ngroups
     parts, dB, dC = 1, grads.B[None], grads.C[None]
     if not add:
         parts = _head_parts(per_group, nchunks * ngroups * (n_total // n), _triton.multiprocessors(x.device))
     if parts > 1:
         dB, dC = (torch.empty(parts, *B.shape, dtype=torch.float32, device=x.device) for _ in range(2))
-    pieces = n_total // n * blocks
-    float32 = {"dtype": torch.float32, "device": x.device}
-    reads, dscale, inner = (torch.empty(pieces, nheads, call.padded, **float32) for _ in range(3))
-    products = torch.empty(blocks, nheads, call.padded, **float32)
-    overlaps = torch.empty(n_total // n, ngroups, call.padded, **float32)
-    dD = None
-    if D is not None and D.ndim == 2:
-        # An empty chunk's program writes nothing.
-        make = torch.zeros if plan.ragged else torch.empty
-        dD = make((nchunks, nheads, blocks * p), **float32)
+    count = n_total // n
+    pieces, dD = _pieces(call, count * blocks, count * blocks, count), _vector_D(call, D)
     sizes = (nheads, per_group, per_group // parts, headdim, d_state, call.padded)
-    if call.family.hopper and dD is None:
-        tiles, states = triton_hopper.tiles, triton_hopper.state_tiles
-        described = (tiles(x), tiles(dy), tiles(B, n), tiles(C, n), states(S), states(G))
+    reading = (dy, x, C, B, S, dC, pieces.reads, pieces.from_state, pieces.products, pieces.overlaps)
+    writing = (x, dy, B, C, G, dB, pieces.dscale, pieces.into_state, None, None)
+    for reverse, (value, other, query, key, state, out, *rest) in enumerate((reading, writing)):
         call.launch(
-            triton_hopper.gradient_hopper_kernel, (2 * nchunks, ngroups * parts),
-            (*described, dB, dC, reads, dscale, inner, products, overlaps, call.scale, call.sums,
-             *dB.stride()[:3:2], *sizes),
-            add, Q=config.chunk, N=n, P=p, BLOCKS=blocks, ADD=add, num_warps=4,
-        )  # fmt: skip
-        sides = ()
-    else:
-        reading = (dy, x, C, B, S, dC, reads, None, products, overlaps)
-        sides = (reading, (x, dy, B, C, G, dB, dscale, inner, None, None))
-    for reverse, (value, other, query, key, state, out, *rest) in enumerate(sides):
-        call.launch(
-            gradient_kernel, (nchunks, ngroups * parts, n_total // n),
+            gradient_kernel, (nchunks, ngroups * parts, count),
             (call.tiles(value, p), call.tiles(other, p), call.tiles(query, n), call.tiles(key, n),
              call.state_tiles(state, n), out, *rest, dD, call.scale, call.sums, plan.chunks,
              *value.stride()[:3], *other.stride()[:3], *query.stride()[:3], *key.stride()[:3], *out.stride()[:4],
              *sizes),
             (reverse, add), Q=config.chunk, N=n, NT=n_total, P=p, BLOCKS=blocks, STAGES=config.gradient_stages,
-            TMA=call.family.tma, ADD=add, REVERSE=bool(reverse), VECTOR_D=dD is not None and bool(reverse),
-            PRECISION=config.precision, num_warps=config.gradient_warps,
+            TMA=call.family.tma, ADD=add, REVERSE=bool(reverse), ACROSS=_across(x),
+            VECTOR_D=dD is not None and bool(reverse), PRECISION=config.precision, num_warps=config.gradient_warps,
         )  # fmt: skip
     if dD is not None:
         assert grads.D is not None
@@ -442,44 +534,42 @@ def _parameter_gradients(
     if parts > 1:
         grads.B.copy_(dB.sum(0))
         grads.C.copy_(dC.sum(0))
-    return reads, dscale, inner, products, overlaps
+    return pieces
 
 
-def _decay_gradients(
-    call: Call, grads: Tensors, kept: Tensor, D: Tensor | None, reads: Tensor, dscale: Tensor, inner: Tensor,
-    products: Tensor, overlaps: Tensor,
-) -> None:  # fmt: skip
+def _decay_gradients(call: Call, grads: Tensors, kept: Tensor, D: Tensor | None, pieces: Pieces) -> None:
     """Writes the gradients of dt, of A or the log-decay, of the bias, and of a scalar D."""
-    nheads, nchunks, family = call.x.shape[2], call.plan.chunks.shape[0], call.family
+    nheads, supers, family = call.x.shape[2], call.plan.supers, call.family
     per_token = grads.decay if call.decay.ndim == 3 else None
-    # One gradient a head: a sum a chunk first.
+    # One gradient a head: a sum a super-chunk first.
     totals = (
         None if per_token is not None else grads.decay,
         grads.dt_bias,
         grads.D if D is None or D.ndim == 1 else None,
     )
-    parts = [
-        None if t is None else torch.empty(nchunks, nheads, dtype=torch.float32, device=call.x.device) for t in totals
-    ]
-    heads = min(16, configs.power_of_two(nheads))
+    count = supers.shape[0]
+    parts = [None if t is None else torch.empty(count, nheads, dtype=torch.float32, device=t.device) for t in totals]
+    heads = min(16 // min(family.every, 2), configs.power_of_two(nheads))
     tokens = grads.dt if per_token is None else per_token
     call.launch(
-        decay_gradient_kernel, (nchunks, _triton.cdiv(nheads, heads)),
-        (reads, dscale, inner, products, overlaps, kept, call.scale, call.sums, call.dt, call.decay, call.bias,
-         grads.dt, per_token, *parts, call.plan.chunks, nheads, nheads // call.B.shape[2], call.padded, *call.limit,
-         *family.strides, *((0, 0) if tokens is None else tokens.stride()[:2])),
-        HEADS=heads, N=kept.shape[3], BLOCKS=kept.shape[2], N_BLOCKS=overlaps.shape[0],
-        SCALAR_D=parts[2] is not None, num_warps=2, **family.decays,
+        decay_gradient_kernel, (count, _triton.cdiv(nheads, heads)),
+        (*pieces, kept, call.scale, call.sums, call.dt, call.decay, call.bias, grads.dt, per_token, *parts, supers,
+         nheads, nheads // call.B.shape[2], call.padded, *call.limit, *family.strides,
+         *((0, 0) if tokens is None else tokens.stride()[:2])),
+        HEADS=heads, EVERY=family.every, N=kept.shape[3], BLOCKS=kept.shape[2],
+        PAIRS=pieces.reads.shape[0] // family.every, STATES=pieces.from_state.shape[0],
+        OVERLAPS=pieces.overlaps.shape[0], ACROSS=_across(call.x), SCALAR_D=parts[2] is not None,
+        num_warps=2 * min(family.every, 4), **family.decays,
     )  # fmt: skip
     if any(t is not None for t in totals):
         call.launch(
-            total_kernel, (_triton.cdiv(nheads, 4),), (*parts, *totals, nchunks, nheads),
+            total_kernel, (_triton.cdiv(nheads, 4),), (*parts, *totals, count, nheads),
             HEADS=4, CHUNKS=128, HAS_A=totals[0] is not None, HAS_BIAS=totals[1] is not None,
             HAS_D=totals[2] is not None, num_warps=4,
         )  # fmt: skip
 
 
-def _head_parts(per_group: int, programs: int, multiprocessors: int) -> int:
-    """Into how many parts a group's heads are split: a divisor, enough for every multiprocessor."""
+def _head_parts(per_group: int, programs: int, wanted: int) -> int:
+    """Into how many parts a group's heads are split: the smallest divisor that makes as many programs as wanted."""
     divisors = (k for k in range(1, per_group + 1) if per_group % k == 0)
-    return next((k for k in divisors if programs * k >= multiprocessors), per_group)
+    return next((k for k in divisors if programs * k >= wanted), per_group)

@@ -25,11 +25,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dualscan.ops import _triton
-from dualscan.ops.ssd import configs, triton_hopper
+from dualscan.ops.ssd import configs
+from dualscan.ops.ssd.hopper import triton_scan_hopper as hopper
+from dualscan.ops.ssd.triton_combine import SEGMENTS_AT_ONCE, combine_kernel
 
 # For the split of sequences: programs of the sequential kernel that a multiprocessor holds; a chunk's states, and the
 # joining of one program's, in units of a chunk's full work; the fewest tokens worth a segment, and the most segments.
 RESIDENT = 2
+# States of so many columns and more take a multiprocessor for themselves on Hopper.
+WIDE_STATE = 256
 STATES_COST = 0.35
 JOIN_COST = 1.2
 SHORTEST_SEGMENT = 256
@@ -145,10 +149,10 @@ def scan_kernel(
     h = tl.program_id(0) // blocks
     column = (tl.program_id(0) % blocks) * P
     segment = tl.program_id(1)
-    batch = tl.load(segments + segment * 6)
-    start = tl.load(segments + segment * 6 + 1)
-    end = tl.load(segments + segment * 6 + 2)
-    first_chunk = tl.load(segments + segment * 6 + 3)
+    batch = tl.load(segments + segment * 7)
+    start = tl.load(segments + segment * 7 + 1)
+    end = tl.load(segments + segment * 7 + 2)
+    first_chunk = tl.load(segments + segment * 7 + 3)
     group = h // heads_per_group
     nchunks = tl.cdiv(end - start, Q)
     q, n, p = tl.arange(0, Q), tl.arange(0, N), tl.arange(0, P)
@@ -204,55 +208,28 @@ def scan_kernel(
         scaled = (v * share[:, None]).to(v.dtype)
         state = tl.dot(tl.trans(k), scaled, state * tl.exp2(last.to(tl.float32)), input_precision=PRECISION)
     if HAS_FINAL:
-        target = segment if ENTRIES else tl.load(segments + segment * 6 + 4)
-        edges = tl.load(segments + segment * 6 + 5)
+        target = segment if ENTRIES else tl.load(segments + segment * 7 + 4)
+        edges = tl.load(segments + segment * 7 + 5)
         wanted = ENTRIES | ((edges & (1 if REVERSE else 2)) != 0)
         state_place += (target - segment).to(tl.int64) * nheads * headdim * d_state
         tl.store(final + state_place, state, mask=state_inside & wanted)
 
 
-@triton.jit
-def combine_kernel(
-    ends, initial, starts, sums, segments, sequences, nheads, per_head, padded,
-    Q: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, INNER: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-):  # fmt: skip
-    """Joins the segments of every sequence: from each segment's own contribution to the state at its entry.
-
-    Grid `(nheads, cdiv(per_head, BLOCK), sequences)`, float32. `sequences` holds (first segment, number of segments);
-    `ends` has a state a segment, with INNER without every sequence's last (REVERSE: its first).
-    """
-    h, sequence = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = e < per_head
-    first = tl.load(sequences + sequence * 2)
-    count = tl.load(sequences + sequence * 2 + 1)
-    state = tl.zeros([BLOCK], tl.float32)
-    if HAS_INITIAL:
-        state = tl.load(initial + (sequence.to(tl.int64) * nheads + h) * per_head + e, mask=inside, other=0.0)
-    for i in range(count):
-        segment = first + (count - 1 - i if REVERSE else i)
-        start = tl.load(segments + segment * 6 + 1)
-        end = tl.load(segments + segment * 6 + 2)
-        chunk = tl.load(segments + segment * 6 + 3) + tl.arange(0, CHUNKS)
-        used = tl.arange(0, CHUNKS) < tl.cdiv(end - start, Q)
-        total = tl.sum(tl.load(sums + h * padded + chunk * Q + Q - 1, mask=used, other=0.0), 0)
-        tl.store(starts + (segment.to(tl.int64) * nheads + h) * per_head + e, state, mask=inside)
-        own = segment
-        if INNER:
-            own -= sequence + (1 if REVERSE else 0)
-        own_state = ends + (own.to(tl.int64) * nheads + h) * per_head + e
-        state = state * tl.exp2(total.to(tl.float32)) + tl.load(own_state, mask=inside & (i + 1 < count), other=0.0)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Family:
-    """What sizes, strides and dtypes decide: configuration, segments, which kernels run, how they start again."""
+    """What sizes, strides and dtypes decide: configuration, segments, which kernels run, how they start again.
+
+    A program holds `columns` of headdim. `every` chunks are a super-chunk: the backward has one state for each.
+    `ragged` is whether a chunk may end early.
+    """
 
     config: configs.Config
     segment: int
+    columns: int
+    every: int
     tma: bool
     hopper: bool
+    ragged: bool
     strides: tuple[int, ...]
     decays: dict[str, object]
     launchers: dict[Hashable, _triton.Launcher]
@@ -267,18 +244,25 @@ def _family(key: Hashable, call: "Call", nseq: int, described: list[Tensor]) -> 
     config = configs.choose(headdim, B.shape[3], x.dtype, _triton.capability(x.device))
     # Descriptors that are not pipelined (one stage) gave an illegal memory access once: such tiles take pointers.
     # Nor does y have a descriptor whose heads are no multiple of 16 bytes, whatever the strides of the inputs.
-    tma = call.dense and config.stages > 1 and _triton.has_tma(x.device) and _triton.describable(*described)
+    tma = config.stages > 1 and _triton.has_tma(x.device) and _triton.describable(*described)
     tma = tma and headdim * x.element_size() % 16 == 0
-    programs = nseq * x.shape[2] * _triton.cdiv(headdim, config.columns)
+    fast = tma and hopper.fits(*described)
+    tma = tma and (fast or call.dense)
+    columns, every = (configs.HOPPER_TILE, configs.HOPPER_EVERY) if fast else (config.columns, 1)
+    resident = 1 if fast and B.shape[3] >= WIDE_STATE else RESIDENT
+    programs = nseq * x.shape[2] * _triton.cdiv(headdim, columns)
     dt = (0, 0, 0) if call.dt is None else call.dt.stride()
     per_token = call.decay.ndim == 3
     if len(_FAMILIES) >= MOST_FAMILIES:
         _FAMILIES.clear()
     _FAMILIES[key] = family = Family(
         config=config,
-        segment=_segment(x.shape[1], programs, config.chunk, _triton.multiprocessors(x.device)),
+        segment=_segment(x.shape[1], programs, config.chunk, every, resident * _triton.multiprocessors(x.device)),
+        columns=columns,
+        every=every,
         tma=tma,
-        hopper=tma and triton_hopper.fits(*described),
+        hopper=fast,
+        ragged=not call.dense or x.shape[1] % config.chunk > 0,
         strides=(*dt, *(call.decay.stride() if per_token else (0, 0, 0))),
         decays={
             "Q": config.chunk,
@@ -294,16 +278,16 @@ def _family(key: Hashable, call: "Call", nseq: int, described: list[Tensor]) -> 
 
 
 @lru_cache(maxsize=256)
-def _segment(seqlen: int, programs: int, chunk: int, multiprocessors: int) -> int:
-    """Tokens a segment: what makes the fewest rounds of chunks, on the kernels' own measure.
+def _segment(seqlen: int, programs: int, chunk: int, every: int, slots: int) -> int:
+    """Tokens a segment, whole super-chunks: what makes the fewest rounds of chunks, on the kernels' own measure.
 
-    A multiprocessor holds `RESIDENT` programs. With more segments than one, the states of all but the last are
-    computed first, at `STATES_COST` of a chunk's full work, and joined, at `JOIN_COST` for each program's.
+    The GPU holds `slots` programs. With more segments than one, the states of all but the last are computed first, at
+    `STATES_COST` of a chunk's full work, and joined, at `JOIN_COST` for each program's.
     """
-    chunks, slots = _triton.cdiv(seqlen, chunk), RESIDENT * multiprocessors
+    chunks = _triton.cdiv(seqlen, chunk)
 
     def cost(segments: int) -> float:
-        rounds = _triton.cdiv(chunks, segments)
+        rounds = _triton.cdiv(chunks, segments * every) * every
         full = _triton.cdiv(programs * segments, slots) * rounds
         if segments == 1:
             return full
@@ -312,8 +296,9 @@ def _segment(seqlen: int, programs: int, chunk: int, multiprocessors: int) -> in
 
     most = max(1, min(MOST_SEGMENTS, seqlen // SHORTEST_SEGMENT))
     segments = min(range(1, most + 1), key=cost) if programs else 1
-    # A whole sequence takes one chunk more than it has, so that a packed one of any length is one segment.
-    return (chunks + 1) * chunk if segments == 1 else _triton.cdiv(chunks, segments) * chunk
+    # A whole sequence takes one super-chunk more than it has, so that a packed one of any length is one segment.
+    supers = _triton.cdiv(chunks, every) + 1 if segments == 1 else _triton.cdiv(chunks, segments * every)
+    return supers * every * chunk
 
 
 @dataclass(slots=True, eq=False)
@@ -351,7 +336,7 @@ class Call:
             described = [t for t in (x, self.B, self.C, dy, result) if t is not None]
             family = _family(key, self, nseq, described)
         self.family, chunk = family, family.config.chunk
-        self.plan = plan = _triton.plan(cu_seqlens, batch, seqlen, chunk, family.segment, x.device)
+        self.plan = plan = _triton.plan(cu_seqlens, batch, seqlen, chunk, family.every, family.segment, x.device)
         nchunks = plan.chunks.shape[0]
         padded = nchunks * chunk
         self.scale = torch.empty(nheads, padded, dtype=torch.float32, device=x.device)
@@ -383,12 +368,12 @@ class Call:
     @property
     def blocks(self) -> int:
         """Blocks of columns of headdim."""
-        return _triton.cdiv(self.x.shape[3], self.family.config.columns)
+        return _triton.cdiv(self.x.shape[3], self.family.columns)
 
     def chunk_states(self) -> Tensor:
-        """Room for one state a chunk and head, in the inputs' dtype, padded to whole tiles."""
-        n, width = configs.power_of_two(self.B.shape[3]), self.blocks * self.family.config.columns
-        shape = (self.plan.chunks.shape[0], self.x.shape[2], n, width)
+        """Room for one state a super-chunk and head, in the inputs' dtype, padded to whole tiles."""
+        n, width = configs.power_of_two(self.B.shape[3]), self.blocks * self.family.columns
+        shape = (self.plan.supers.shape[0], self.x.shape[2], n, width)
         return torch.empty(shape, dtype=self.x.dtype, device=self.x.device)
 
     def tiles(self, t: Tensor, columns: int) -> object:
@@ -398,7 +383,7 @@ class Call:
     def state_tiles(self, saved: Tensor, rows: int) -> object:
         """What a kernel reads chunk states through."""
         width = saved.shape[-1]
-        tile = [rows, self.family.config.columns]
+        tile = [rows, self.family.columns]
         shape = [saved.numel() // width, width]
         return _triton.describe(TensorDescriptor, saved, shape, [width, 1], tile) if self.family.tma else saved
 
@@ -410,9 +395,9 @@ class Call:
         """Launches `scan_kernel` over every segment; with `entries` over those that others start from."""
         plan, config, query, key = self.plan, self.family.config, *((self.B, self.C) if reverse else (self.C, self.B))
         segments = plan.segments if not entries else plan.after if reverse else plan.before
-        output, (nheads, headdim), n, p = out is not None, value.shape[2:], key.shape[3], config.columns
+        output, (nheads, headdim), n, p = out is not None, value.shape[2:], key.shape[3], self.family.columns
         skip = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
-        name = (reverse, entries, output)
+        name = (reverse, entries, output, saved is None, kept is None)
         flags = {
             "REVERSE": reverse, "OUTPUT": output, "SAVE": saved is not None, "KEPT": kept is not None,
             "ENTRIES": entries, "HAS_D": D is not None, "HAS_INITIAL": initial is not None,
@@ -422,11 +407,18 @@ class Call:
         shared = (kept, self.scale, self.sums, D, initial, final, segments, *skip)
         sizes = (nheads, nheads // key.shape[2], headdim, n)
         if self.family.hopper:
-            tiles, states = triton_hopper.tiles, triton_hopper.state_tiles
-            described = (tiles(query, n), tiles(key, n), tiles(value), tiles(out), states(saved), states(counterpart))
+            # States alone are computed in slices of the narrow kernel, with an output in one.
+            columns = n if output else min(n, hopper.NARROW.value)
+            tiles, states = hopper.tiles, hopper.state_tiles
+            described = (
+                tiles(query, columns), tiles(key, columns), tiles(value), tiles(out), out, states(saved, columns),
+                states(counterpart, columns),
+            )  # fmt: skip
             self.launch(
-                triton_hopper.scan_hopper_kernel, grid, (*described, *shared, *sizes, value.shape[1], self.padded),
-                name, Q=config.chunk, N=n, P=p, num_warps=4, **flags,
+                hopper.scan_hopper_kernel, (*grid, n // columns),
+                (*described, *shared, 0 if out is None else out.stride(1), *sizes, value.shape[1], self.padded),
+                name, Q=config.chunk, N=columns, P=p, EVERY=self.family.every, RAGGED=self.family.ragged, **flags,
+                num_warps=8 if columns > hopper.NARROW.value else 4,
             )  # fmt: skip
             return
         wide = configs.power_of_two(n)
@@ -458,8 +450,8 @@ class Call:
         self.launch(
             combine_kernel, (nheads, _triton.cdiv(headdim * d_state, block), plan.sequences.shape[0]),
             (ends, initial, starts, self.sums, plan.segments, plan.sequences, nheads, headdim * d_state, self.padded),
-            reverse, Q=chunk, CHUNKS=configs.power_of_two(plan.segment // chunk), BLOCK=block, REVERSE=reverse,
-            INNER=not plan.ragged, HAS_INITIAL=initial is not None,
+            (reverse, initial is None), Q=chunk, CHUNKS=configs.power_of_two(plan.segment // chunk), BLOCK=block,
+            REVERSE=reverse, INNER=not plan.ragged, HAS_INITIAL=initial is not None, AT_ONCE=SEGMENTS_AT_ONCE,
         )  # fmt: skip
         return starts
 
@@ -472,18 +464,24 @@ class Call:
 def forward(
     x: Tensor, dt: Tensor | None, decay: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
     initial_states: Tensor | None, cu_seqlens: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns `y` (b, l, h, p) in x's dtype and final states (b or nseq, h, p, n) in float32."""
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns `y` (b, l, h, p) in x's dtype and final states (b or nseq, h, p, n) in float32.
+
+    And, to `keep`, the states at the start of every super-chunk, which the backward else computes again; no elements
+    otherwise.
+    """
+    states = torch.empty(configs.saved_states(x, B, cu_seqlens) if keep else (0,), dtype=x.dtype, device=x.device)
     if x.numel() == 0:
-        return torch.empty_like(x), no_tokens(x, B, initial_states, cu_seqlens)
+        return torch.empty_like(x), no_tokens(x, B, initial_states, cu_seqlens), states
     with _triton.on_device(x):
         x, B, C = (_triton.rows_last(t) for t in (x, B, C))
         call = Call(x, dt, decay, B, C, dt_bias, cu_seqlens is None, dt_softplus, (dt_min, dt_max))
         call.prepare(cu_seqlens, None, D, initial_states)
         y, final = torch.empty(x.shape, dtype=x.dtype, device=x.device), call.last_states()
         starts = call.entries(x, None if initial_states is None else initial_states.contiguous())
-        call.scan(x, starts, final, out=y, D=D)
-        return y, final
+        call.scan(x, starts, final, out=y, D=D, saved=states if call.family.hopper and states.numel() else None)
+        return y, final, states
 
 
 def no_tokens(x: Tensor, B: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -111,19 +111,20 @@ def test_slices_of_the_backward() -> None:
 def test_segments_fill_the_gpu() -> None:
     from dualscan.ops.ssd.triton_scan import SHORTEST_SEGMENT, _segment
 
-    # Enough sequences and heads: a segment holds any of them whole. Too few: several, of whole chunks.
-    assert _segment(2048, 640, 64, 132) > 2048
-    for seqlen, programs in ((16384, 80), (4096, 24), (131072, 80), (100_001, 1)):
-        segment = _segment(seqlen, programs, 64, 132)
-        assert segment % 64 == 0
-        assert SHORTEST_SEGMENT <= segment <= seqlen // 2
-    assert _segment(300, 1, 64, 132) > 300
-    assert _segment(300, 0, 64, 132) > 300
+    # Enough sequences and heads: a segment holds any of them whole. Too few: several, of whole super-chunks.
+    assert _segment(2048, 640, 64, 1, 264) > 2048
+    for every in (1, 4):
+        for seqlen, programs in ((16384, 80), (4096, 24), (131072, 80), (100_001, 1)):
+            segment = _segment(seqlen, programs, 64, every, 264)
+            assert segment % (64 * every) == 0
+            assert SHORTEST_SEGMENT <= segment <= seqlen // 2
+    assert _segment(300, 1, 64, 1, 264) > 300
+    assert _segment(300, 0, 64, 4, 264) > 300
 
 
 def test_a_packed_plan_lives_as_long_as_its_boundaries() -> None:
     def table(bounds: Tensor) -> _triton.Plan:
-        return _triton.plan(bounds, 1, 100, 32, 128, bounds.device)
+        return _triton.plan(bounds, 1, 100, 32, 1, 128, bounds.device)
 
     bounds = torch.tensor([0, 40, 100], dtype=torch.int32, device=DEVICE)
     first = table(bounds)
@@ -140,7 +141,7 @@ def test_a_packed_plan_lives_as_long_as_its_boundaries() -> None:
 def test_edges_of_sequences(bounds: list[int] | None) -> None:
     packed = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
     batch = 2 if bounds is None else 1
-    plan = _triton.plan(packed, batch, 400, 32, 128, torch.device("cpu"))
+    plan = _triton.plan(packed, batch, 400, 32, 2, 128, torch.device("cpu"))
     lengths = [400, 400] if bounds is None else [end - start for start, end in itertools.pairwise(bounds)]
     for i, length in enumerate(lengths):
         own = plan.segments[plan.segments[:, 4] == i]

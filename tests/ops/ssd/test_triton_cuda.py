@@ -26,6 +26,11 @@ EVEN: dict[str, Any] = {"headdim": 64, "d_state": 128, "ngroups": 1, "seqlen": 2
         {"batch": 1, "seqlen": 4096, "states": True},
         {"decay": 1e4},
         {"decay": 1e-6},
+        {"d_state": 256, "D": "scalar", "states": True},
+        {"d_state": 256, "batch": 1, "seqlen": 2000, "ngroups": 2},
+        {"seqlen": 333, "D": "vector", "states": True},
+        {"lengths": [70, 0, 1, 500, 64, 33], "D": "scalar", "dt_bias": True, "states": True},
+        {"lengths": [70, 900, 1], "d_state": 256, "states": True},
     ],
 )
 def test_even_shapes(options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -53,12 +58,12 @@ def test_backward_in_slices_of_heads(options: dict[str, Any], monkeypatch: pytes
 
 
 def test_hopper_and_plain_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dualscan.ops.ssd import triton_hopper, triton_scan
+    from dualscan.ops.ssd import configs, triton_scan
 
     problem = on_device(ssd_problem(dtype=torch.bfloat16, D="scalar", states=True, **EVEN))
     fast, again = evaluate(problem, impl="triton"), evaluate(problem, impl="triton")
     monkeypatch.setattr(triton_scan, "_FAMILIES", {})
-    monkeypatch.setattr(triton_hopper, "fits", lambda *_: False)
+    monkeypatch.setattr(configs, "on_hopper", lambda _: False)
     plain = evaluate(problem, impl="triton")
     for name in plain:
         assert torch.equal(fast[name], again[name]), name
