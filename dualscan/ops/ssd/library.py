@@ -154,10 +154,10 @@ def _fake_step(state: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 _OPS = torch.ops.dualscan
 _SECOND = "impl='quadratic' or impl='recurrent'"
 for _name in ("ssd", "ssd_numba"):
-    _pair = [getattr(_OPS, f"{_name}_{_pass}").default for _pass in ("fwd", "bwd")]
-    _LIB.impl(f"{_name}_fwd", differentiable("ssd", *_pair, 7, _SECOND), "Autograd")
-_pair = [_OPS.ssd_kernel_fwd.default, _OPS.ssd_kernel_bwd.default]
-_function = differentiable("ssd", *_pair, 8, _SECOND, (_kernel_forward, _kernel_backward))
+    _forward, _backward = (getattr(_OPS, f"{_name}_{_pass}").default for _pass in ("fwd", "bwd"))
+    _LIB.impl(f"{_name}_fwd", differentiable("ssd", _forward, _backward, 7, _SECOND), "Autograd")
+_forward, _backward = _OPS.ssd_kernel_fwd.default, _OPS.ssd_kernel_bwd.default
+_function = differentiable("ssd", _forward, _backward, 8, _SECOND, (_kernel_forward, _kernel_backward))
 _LIB.impl("ssd_kernel_fwd", _function, "Autograd")
 
 
