@@ -98,6 +98,15 @@ def _number(record: Record | None, key: str, form: str = "{:.3g}") -> str:
     return "" if record is None or record.get(key) is None else form.format(record[key])
 
 
+def _devices(job: str, table: Callable[[list[Record]], str]) -> str:
+    """One table a device, the newest first."""
+    records = load(job)
+    names = sorted(
+        {r["device"] for r in records}, key=lambda name: max(r["date"] for r in records if r["device"] == name)
+    )
+    return "\n".join(table([r for r in records if r["device"] == name]) for name in reversed(names))
+
+
 def _beside(records: list[Record], rival: str) -> list[tuple[str, Record, Record | None]]:
     """What was measured, in words, with this library's record and the rival's."""
     pairs = []
@@ -109,12 +118,11 @@ def _beside(records: list[Record], rival: str) -> list[tuple[str, Record, Record
     return pairs
 
 
-def ssd() -> str:
+def ssd(records: list[Record]) -> str:
     """SSD on a GPU beside its rivals: kernel and call times, memory, and the least exact gradient.
 
     Ratios stand where the operator's tests passed on the device in the same run.
     """
-    records = load("ssd")
     tested = any("ratio" in r and r["impl"] == "dualscan" for r in records)
     rows = []
     for words, mine, theirs in _beside(records, "mamba_ssm"):
@@ -136,6 +144,20 @@ def ssd() -> str:
     return markdown(header, rows) + (f"\n{note.strip()}\n" if note else "") + _origin(records)
 
 
+def ssd_short() -> str:
+    """One shape of SSD, on the device of the last run, beside mamba_ssm and attention of its width."""
+    records = load("ssd")
+    newest = max(records, key=lambda r: r["date"])["device"]
+    impls = ("dualscan", "mamba_ssm", "sdpa-cudnn", "sdpa-flash")
+    records = [r for r in records if r["device"] == newest and r["impl"] in impls]
+    rows = []
+    for pass_ in ("fwd", "fwdbwd"):
+        found = {r["impl"]: r for r in records if (r["shape"], r["pass"]) == ("2.7b 8x2048", pass_)}
+        rows.append([PASSES[pass_], *(_number(found.get(impl), "kernel_ms", "{:.3g} ms") for impl in impls)])
+    header = ["", "dualscan", "mamba_ssm", "attention, cuDNN", "attention, FlashAttention-2"]
+    return markdown(header, rows) + _origin(records)
+
+
 def _times(r: Record) -> str:
     """How many times the floor of its bytes a kernel takes."""
     return f"{r['kernel_ms'] / r['floor_ms']:.2f}" if "floor_ms" in r else ""
@@ -146,9 +168,8 @@ def _slashed(cells: list[str]) -> str:
     return " / ".join(cell for cell in cells if cell)
 
 
-def mamba2_block() -> str:
-    """The whole Mamba-2 layer beside mamba_ssm's."""
-    records = load("mamba2_block")
+def mamba2_block(records: list[Record]) -> str:
+    """The whole Mamba-2 layer beside mamba_ssm's, where that was there."""
     rows = []
     for words, mine, theirs in _beside(records, "mamba_ssm"):
         alone = next(
@@ -159,7 +180,7 @@ def mamba2_block() -> str:
         times = [_number(r, "kernel_ms", "{:.4g} ms") for r in (mine, theirs, alone)]
         calls = [_number(r, "call_ms", "{:.4g} ms") for r in (mine, theirs)]
         ratios = [_number(mine, key, "{:.2f}x") for key in ("ratio", "call_ratio")]
-        memory = " / ".join(_number(r, "peak_mib", "{:.0f} MiB") for r in (mine, theirs))
+        memory = _slashed([_number(r, "peak_mib", "{:.0f} MiB") for r in (mine, theirs)])
         rows.append([words, *times, ratios[0], *calls, ratios[1], memory])
     header = ["", "kernels", "mamba_ssm", "projections alone", "ratio", "call", "mamba_ssm", "ratio", "peak memory"]
     return markdown(header, rows) + _origin(records)
@@ -283,8 +304,9 @@ def sma() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "lm_cpu": lm_cpu,
     "lm_cpu_lengths": lm_cpu_lengths,
-    "ssd": ssd,
-    "mamba2_block": mamba2_block,
+    "ssd": partial(_devices, "ssd", ssd),
+    "ssd_short": ssd_short,
+    "mamba2_block": partial(_devices, "mamba2_block", mamba2_block),
     "train_step": train_step,
     "generate": generate,
     "sma": sma,

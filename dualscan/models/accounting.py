@@ -159,8 +159,9 @@ def training_memory(
         "activations"   4 d + m ((e + c + H) + e)              the residual stream, what in_proj and SSD gave
         "block"         4 d                                    the residual stream
 
-    and once, except for "block", the matrices in the dtype of the products where that is not float32. "activations"
-    computes norms and convolution again, "block" everything before out_proj; elementwise work is not counted as FLOPs.
+    (on Hopper GPUs "none" keeps e N / 128 bytes more, SSD's states every 256 tokens), and once, except for "block", the
+    matrices in the dtype of the products where that is not float32. "activations" computes norms and convolution again,
+    "block" everything before out_proj; elementwise work is not counted as FLOPs.
 
     Args:
         config: the model; layers other than Mamba-2 are not counted.

@@ -30,7 +30,7 @@ from torch import Tensor
 from dualscan.ops import _triton
 from dualscan.ops.ssd import configs
 from dualscan.ops.ssd.hopper import triton_gradients_hopper, triton_scan_hopper
-from dualscan.ops.ssd.triton_scan import LOWEST, RESIDENT, Call, load_tile, step_size
+from dualscan.ops.ssd.triton_scan import LOWEST, RESIDENT, Call, arranged, load_tile, step_size
 
 # Bytes of chunk states that the backward keeps at once: for whole groups of heads, which cost nothing to take one after
 # the other, and for parts of one, which cost a tenth of the time and more. And the step of such parts: 16 bytes of the
@@ -299,9 +299,8 @@ def backward(
     if dy is None:
         dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     with _triton.on_device(x):
-        x, B, C = (_triton.rows_last(t) for t in (x, B, C))
-        whole = _triton.describable(dy) and dy.stride(-1) == 1 and triton_scan_hopper.even(dy)
-        dy = dy if whole else dy.contiguous()
+        dy = dy if _triton.describable(dy) and dy.stride(-1) == 1 else dy.contiguous()
+        x, B, C, dy = arranged(x, B, C, dy)
         inputs = Tensors(x, dt, decay, B, C, D, dt_bias, initial_states)
         given = into or {}
         made = {
@@ -407,7 +406,7 @@ def _slice(
     if dinitial is not None and not dinitial.is_contiguous():
         dinitial = call.last_states()
     S, G = states, call.chunk_states()
-    if S.shape != G.shape:
+    if S.shape != G.shape or not call.family.hopper:
         S = call.chunk_states()
         call.scan(x, call.entries(x, initial), None, saved=S)
     # Inner products of S and G, summed over columns (over the state's rows, where it is transposed).

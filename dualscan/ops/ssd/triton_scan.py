@@ -475,13 +475,23 @@ def forward(
     if x.numel() == 0:
         return torch.empty_like(x), no_tokens(x, B, initial_states, cu_seqlens), states
     with _triton.on_device(x):
-        x, B, C = (_triton.rows_last(t) for t in (x, B, C))
+        x, B, C = arranged(x, B, C)
         call = Call(x, dt, decay, B, C, dt_bias, cu_seqlens is None, dt_softplus, (dt_min, dt_max))
         call.prepare(cu_seqlens, None, D, initial_states)
         y, final = torch.empty(x.shape, dtype=x.dtype, device=x.device), call.last_states()
         starts = call.entries(x, None if initial_states is None else initial_states.contiguous())
         call.scan(x, starts, final, out=y, D=D, saved=states if call.family.hopper and states.numel() else None)
         return y, final, states
+
+
+def arranged(x: Tensor, B: Tensor, *others: Tensor) -> list[Tensor]:
+    """The tensors as the kernels take them, copied where they must be: rows of adjacent elements, and for Hopper more.
+
+    There the sizes alone decide which kernels run, forward and backward, whatever the layouts were.
+    """
+    if configs.for_hopper(x, B):
+        return hopper.arranged(x, B, *others)
+    return [_triton.rows_last(t) for t in (x, B, *others)]
 
 
 def no_tokens(x: Tensor, B: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

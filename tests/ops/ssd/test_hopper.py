@@ -103,6 +103,21 @@ def test_nothing_passes_from_sequence_to_sequence(hopper: list[str]) -> None:
     assert torch.equal(poisoned["final_states"][0], clean["final_states"][0])
 
 
+@pytest.mark.parametrize("seqlen", [40, 130])
+def test_uneven_inputs_are_copied(seqlen: int, hopper: list[str]) -> None:
+    """Else the forward would keep states, or seem to, that the backward does not know."""
+    problem = ssd_problem(dtype=BFLOAT16, **{**BASE, "seqlen": seqlen, "nheads": 2})
+    x, B = problem.tensors["x"], problem.tensors["B"]
+    wide = torch.stack([x, x], 3).flatten(2, 3)[:, :, ::2]
+    odd = torch.empty(B.numel() + 1, dtype=B.dtype)[1:].view(B.shape).copy_(B)
+    assert wide.stride(2) != x.stride(2)
+    assert odd.data_ptr() % 16
+    got, expected = (evaluate(p, impl="triton") for p in (problem.having(x=wide, B=odd), problem))
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name
+    assert set(hopper) >= KERNELS
+
+
 def test_states_are_kept_for_a_backward_alone(hopper: list[str]) -> None:
     from dualscan.ops.ssd import configs
 

@@ -14,6 +14,7 @@ Tiles are always 64 rows. Where a sequence ends inside one (RAGGED), the rows be
 sequence's, are cleared in shared memory, and its output goes to memory row by row.
 """
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,6 +32,7 @@ from dualscan.ops.ssd import configs
 from dualscan.ops.ssd.configs import HOPPER_TILE
 
 LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
+CONTIGUOUS = torch.contiguous_format
 # Columns of a state that fit the registers of four warps.
 NARROW = gl.constexpr(128)
 # Its name changed with Triton 3.7.
@@ -348,6 +350,12 @@ def scan_hopper_kernel(
 def fits(x: Tensor, B: Tensor, *others: Tensor) -> bool:
     """Known sizes, and inputs whose heads and rows lie evenly in memory."""
     return configs.for_hopper(x, B) and all(even(t) for t in (x, B, *others))
+
+
+def arranged(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as the copy engine takes them: themselves, for the views that a fused projection gives, or copies."""
+    fit = [_triton.describable(t) and t.stride(-1) == 1 and even(t) for t in tensors]
+    return [t if fits else t.clone(memory_format=CONTIGUOUS) for t, fits in zip(tensors, fit, strict=True)]
 
 
 def even(t: Tensor) -> bool:
