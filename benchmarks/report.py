@@ -141,6 +141,9 @@ def ssd(records: list[Record]) -> str:
     header += ["of the bytes' time", "peak memory", "error of dA"]
     first = {r["pass"]: r["first_call_s"] for r in records if "first_call_s" in r}
     note = "".join(f"First call, {name.removesuffix(' first call')}: {s:.1f} s. " for name, s in first.items())
+    for r in records:
+        if r["pass"] == "tests":
+            note += f"Tests on the device in this run: {r.get('passed', 0)} passed, {r.get('failed', 0)} failed."
     return markdown(header, rows) + (f"\n{note.strip()}\n" if note else "") + _origin(records)
 
 

@@ -9,6 +9,7 @@ if the operator's tests pass on the device first. `dualscan bench ssd --save`.
 import argparse
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -364,8 +365,8 @@ def compile_ahead(shapes: list[str]) -> None:
         process.wait()
 
 
-def tests_pass() -> bool:
-    """Whether the operator's tests pass on this device."""
+def run_tests() -> dict[str, Any]:
+    """Runs the operator's tests on this device: a record of how many passed and failed, and whether that is enough."""
     workers = ["-n", str(min(os.cpu_count() or 1, 14))] if importlib.util.find_spec("xdist") else []
     files = [f"tests/ops/ssd/{name}.py" for name in ("test_triton", "test_triton_cuda")]
     quiet = ["-q", "-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default"]
@@ -376,8 +377,15 @@ def tests_pass() -> bool:
         text=True,
         check=False,
     )
-    print(run.stdout.strip().splitlines()[-1] if run.stdout.strip() else run.stderr[-500:])
-    return run.returncode == 0
+    lines = run.stdout.strip().splitlines() or [run.stderr[-500:]]
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", lines[-1])}
+    print("\n".join(line for line in lines if line.startswith("FAILED")))
+    print(
+        f"tests: {counts.get('passed', 0)} passed, {counts.get('failed', 0) + counts.get('error', 0)} failed",
+        flush=True,
+    )
+    passed = run.returncode == 0 and counts.get("passed", 0) > 0
+    return common.record(JOB, "all", "tests", "dualscan", tested=passed, **counts)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -393,7 +401,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     compile_ahead(args.shapes)
     tune_briefly()
-    tested = not args.untested and tests_pass()
+    found = [name for name in ("mamba_ssm", "fla") if importlib.util.find_spec(name)]
+    print(f"rivals for {sys.executable}: {', '.join(found) or 'none is installed'}")
+    tests = [] if args.untested else [run_tests()]
+    tested = bool(tests and tests[0]["tested"])
     ceiling = ceilings()
     print(f"copy {ceiling[0] / 1e12:.2f} TB/s, bfloat16 product {ceiling[1] / 1e12:.0f} TFLOP/s")
     device = common.short_device_name("cuda")
@@ -404,7 +415,7 @@ def main(argv: list[str] | None = None) -> int:
         partial(simple_gla, args.repeats),
         first_call,
     ]
-    records: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = tests
     for part in parts:
         records += part()
         torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
-"""The jobs of Mamba's scan run where there is no GPU, and the figure draws what they saved."""
+"""The jobs of the scans run where there is no GPU as far as they can, and the figure draws what they saved."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -86,3 +87,21 @@ def test_channels_first_is_what_the_rival_reads():
 def test_the_floor_counts_bytes():
     assert selective_scan.floor_ms((1, 1000, 500, 16), "fwd", 1e9) == pytest.approx((4 * 1e6 + 2 * 32e3) / 1e6)
     assert selective_scan.floor_ms((1, 1000, 500, 16), "fwdbwd", 1e9) == pytest.approx((11 * 1e6 + 6 * 32e3) / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "expected"),
+    [
+        ("3 passed, 1 skipped, 2 warnings in 1.0s", 0, {"tested": True, "passed": 3}),
+        ("1 failed, 2 passed in 1.0s", 1, {"tested": False, "passed": 2, "failed": 1}),
+        ("4 skipped in 1.0s", 0, {"tested": False}),
+    ],
+)
+def test_ssd_records_its_tests(last: str, code: int, expected: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.ops import ssd
+
+    run = subprocess.CompletedProcess([], code, f"...\n{last}\n", "")
+    monkeypatch.setattr(ssd.subprocess, "run", lambda *_, **__: run)
+    monkeypatch.setattr(ssd.common, "commit", lambda: "unknown")
+    entry = ssd.run_tests()
+    assert {key: entry[key] for key in ("tested", "passed", "failed") if key in entry} == expected
