@@ -117,6 +117,19 @@ def state_program(
 
 
 @gluon.jit
+def clear_behind(
+    own, other, valid, ROWS: gl.constexpr, COLUMNS: gl.constexpr, BOTH: gl.constexpr, num_warps: gl.constexpr
+):
+    """Zeros in what two tiles have behind the end of a sequence; the second has as many rows of it, or all."""
+    if valid < ROWS:
+        clear_rows(own, valid, ROWS, COLUMNS, num_warps)
+        if BOTH:
+            clear_rows(other, valid, ROWS, COLUMNS, num_warps)
+        fence_async_shared()
+        thread_barrier()
+
+
+@gluon.jit
 def pair_program(
     x, dy, B, C, squares, reads, dscale, products, overlaps, dD, scale, sums, row, first_chunk, m, j, valid,
     square, group, part, nheads, heads_per_group, heads_per_program, headdim, d_state, padded,
@@ -157,13 +170,8 @@ def pair_program(
         tma.async_copy_global_to_shared(C, [row_m, group * d_state + half * N], once, c_smem)
         tma.async_copy_global_to_shared(B, [row_j, group * d_state + half * N], once, b_smem)
         mbarrier.wait(once, half & 1)
-        if RAGGED:  # noqa: SIM102 (one condition is the compiler's)
-            if inside < Q:
-                clear_rows(c_smem, inside, Q, N, num_warps)
-                if DIAGONAL:
-                    clear_rows(b_smem, inside, Q, N, num_warps)
-                fence_async_shared()
-                thread_barrier()
+        if RAGGED:
+            clear_behind(c_smem, b_smem, inside, Q, N, DIAGONAL, num_warps)
         weights = warpgroup_mma(c_smem, b_smem.permute((1, 0)), weights)
         thread_barrier()
     i_row = gl.arange(0, Q, layout=rows)[:, None]
@@ -206,13 +214,8 @@ def pair_program(
         following = (first_head + gl.minimum(later, turns - 1) // BLOCKS).to(gl.int64) * padded + first_chunk * Q
         for tile in gl.static_range(2):
             mbarrier.wait(full[tile].index(slot), (turn // 2) & 1)
-        if RAGGED:  # noqa: SIM102
-            if inside < Q:
-                clear_rows(v, inside, Q, P, num_warps)
-                if DIAGONAL:
-                    clear_rows(o, inside, Q, P, num_warps)
-                fence_async_shared()
-                thread_barrier()
+        if RAGGED:
+            clear_behind(v, o, inside, Q, P, DIAGONAL, num_warps)
         zero = gl.zeros([Q, Q], gl.float32, mma)
         product = warpgroup_mma(v, o.permute((1, 0)), zero, use_acc=False, is_async=True)
         next_row = gl.load(sums + following + m * Q + q_flat)
