@@ -128,8 +128,9 @@ def test_states_are_kept_for_a_backward_alone(hopper: list[str]) -> None:
     assert hopper.count("scan_hopper_kernel") == 2
 
 
-# Two programs share a multiprocessor; what registers do not hold is read again from a cache that they leave little of.
-MOST_SHARED, MOST_STACK = 113 * 1024, 64
+# Two programs share a multiprocessor; what registers do not hold is read again from a cache that they leave little of:
+# 48 bytes with Triton 3.6, 80 with 3.8.
+MOST_SHARED, MOST_STACK = 113 * 1024, 96
 
 
 @pytest.mark.slow
@@ -137,7 +138,7 @@ def test_compiles(hopper: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     launches: dict[str, dict[str, Any]] = {}
 
     def record(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any) -> None:
-        if kernel.fn.__name__ in KERNELS:
+        if kernel.fn.__name__.endswith("_hopper_kernel"):
             launch = compiled.signature(kernel, arguments, **constants)
             launches[json.dumps(launch)] = launch
 
@@ -145,7 +146,7 @@ def test_compiles(hopper: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**BASE, "d_state": 128, "D": "scalar", "states": True, "nheads": 16}
     evaluate(ssd_problem(dtype=BFLOAT16, **options), impl="triton")
     usage = dict(zip(launches, compiled.compiled(list(launches.values())), strict=True))
-    assert len(usage) == 4
+    assert len(usage) == 3  # forward, dx, and the parameters' gradients
     for launch, used in usage.items():
         assert used["shared"] <= MOST_SHARED, (launch, used)
         assert used["stack"] <= MOST_STACK, (launch, used)
