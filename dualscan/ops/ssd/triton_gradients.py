@@ -416,8 +416,12 @@ def _slice(
         dy, call.entries(dy, dlast, reverse=True), dinitial, reverse=True, out=grads.x, D=D, saved=G, counterpart=S,
         kept=kept,
     )  # fmt: skip
-    pairs = (_hopper_gradients if call.family.hopper else _plain_gradients)(call, grads, dy, S, G, D, add)
-    _decay_gradients(call, grads, kept, D, pairs)
+    dD = _vector_D(call, D)
+    pieces = (_hopper_gradients if call.family.hopper else _plain_gradients)(call, grads, dy, S, G, dD, add)
+    if dD is not None:
+        assert grads.D is not None
+        grads.D.copy_(dD.sum(0)[:, : x.shape[3]])
+    _decay_gradients(call, grads, kept, D, pieces)
     if dinitial is not None and dinitial is not grads.initial_states:
         assert grads.initial_states is not None
         grads.initial_states.copy_(dinitial)
@@ -461,9 +465,9 @@ def _vector_D(call: Call, D: Tensor | None) -> Tensor | None:
 
 
 def _hopper_gradients(
-    call: Call, grads: Tensors, dy: Tensor, S: Tensor, G: Tensor, D: Tensor | None, add: bool
+    call: Call, grads: Tensors, dy: Tensor, S: Tensor, G: Tensor, dD: Tensor | None, add: bool
 ) -> Pieces:
-    """Writes dB, dC and a vector D's gradient; returns what the decay's gradient is made of."""
+    """Writes dB, dC and, per chunk, a vector D's gradient; returns what the decay's gradient is made of."""
     x, B, C, supers, every = call.x, call.B, call.C, call.plan.supers, call.family.every
     (nheads, headdim), (ngroups, d_state) = x.shape[2:], B.shape[2:]
     tile, blocks, per_group, count = configs.HOPPER_TILE, call.blocks, nheads // ngroups, supers.shape[0]
@@ -474,7 +478,7 @@ def _hopper_gradients(
     float32 = {"dtype": torch.float32, "device": x.device}
     totals = torch.empty(2, parts, call.padded, ngroups * d_state, **float32)
     squares = torch.empty(parts, ngroups, count, pairs, tile, tile, **float32)
-    pieces, dD = _pieces(call, every * blocks, halves * blocks, 1), _vector_D(call, D)
+    pieces = _pieces(call, every * blocks, halves * blocks, 1)
     tiles, states = triton_scan_hopper.tiles, triton_scan_hopper.state_tiles
     call.launch(
         triton_gradients_hopper.gradient_hopper_kernel, (programs, ngroups * parts),
@@ -491,14 +495,11 @@ def _hopper_gradients(
          parts),
         add, Q=tile, N=n, HALVES=halves, EVERY=every, ADD=add, num_warps=4,
     )  # fmt: skip
-    if dD is not None:
-        assert grads.D is not None
-        grads.D.copy_(dD.sum(0)[:, :headdim])
     return pieces
 
 
 def _plain_gradients(
-    call: Call, grads: Tensors, dy: Tensor, S: Tensor, G: Tensor, D: Tensor | None, add: bool
+    call: Call, grads: Tensors, dy: Tensor, S: Tensor, G: Tensor, dD: Tensor | None, add: bool
 ) -> Pieces:
     """As `_hopper_gradients`, by two launches of `gradient_kernel`."""
     x, B, C, config, plan = call.x, call.B, call.C, call.family.config, call.plan
@@ -512,7 +513,7 @@ def _plain_gradients(
     if parts > 1:
         dB, dC = (torch.empty(parts, *B.shape, dtype=torch.float32, device=x.device) for _ in range(2))
     count = n_total // n
-    pieces, dD = _pieces(call, count * blocks, count * blocks, count), _vector_D(call, D)
+    pieces = _pieces(call, count * blocks, count * blocks, count)
     sizes = (nheads, per_group, per_group // parts, headdim, d_state, call.padded)
     reading = (dy, x, C, B, S, dC, pieces.reads, pieces.from_state, pieces.products, pieces.overlaps)
     writing = (x, dy, B, C, G, dB, pieces.dscale, pieces.into_state, None, None)
@@ -527,9 +528,6 @@ def _plain_gradients(
             TMA=call.family.tma, ADD=add, REVERSE=bool(reverse), ACROSS=_across(x),
             VECTOR_D=dD is not None and bool(reverse), PRECISION=config.precision, num_warps=config.gradient_warps,
         )  # fmt: skip
-    if dD is not None:
-        assert grads.D is not None
-        grads.D.copy_(dD.sum(0)[:, :headdim])
     if parts > 1:
         grads.B.copy_(dB.sum(0))
         grads.C.copy_(dC.sum(0))

@@ -35,7 +35,7 @@ LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
 CONTIGUOUS = torch.contiguous_format
 # Columns of a state that fit the registers of four warps.
 NARROW = gl.constexpr(128)
-# Its name changed with Triton 3.7.
+# Triton 3.6 and 3.8 name it differently.
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
