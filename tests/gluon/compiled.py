@@ -31,7 +31,7 @@ def signature(kernel: Any, arguments: tuple[Any, ...], **constants: Any) -> dict
         "types": types,
         "constants": {name: x for name, x in constants.items() if name in types},
         "aligned": [name for name, x in given.items() if _aligned(x)],
-        "warps": constants.get("num_warps", 4),
+        "options": {"num_warps": constants.get("num_warps", 4), "maxnreg": constants.get("maxnreg")},
     }
 
 
@@ -71,7 +71,7 @@ def _compile(launch: dict[str, Any]) -> dict[str, int]:
     constants = {place[name]: x for name, x in launch["constants"].items()}
     attributes = {place[name]: [["tt.divisibility", 16]] for name in launch["aligned"]}
     source = GluonASTSource(getattr(import_module(module), name), launch["types"], constants, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launch["warps"]})
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch["options"])
     usage = _usage(Path(triton.__file__).parent, binary.asm["cubin"])
     return {"registers": usage["REG"], "stack": usage["STACK"], "shared": binary.metadata.shared}
 

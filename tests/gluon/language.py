@@ -217,6 +217,14 @@ exp, exp2, log, log2, sqrt, sqrt_rn, rsqrt, sin, cos, erf, floor, ceil = map(
 )  # fmt: skip
 
 
+def inline_asm_elementwise(asm: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int) -> Value:
+    """The one instruction that is known: all bits of two 16-bit numbers."""
+    if asm != "and.b32 $0, $1, $2;" or pack != 2:
+        raise NotImplementedError(f"the emulator has no inline assembly {asm!r}")
+    a, b = (x.data.view(torch.int16) for x in args)
+    return Value((a & b).view(torch_dtype(dtype)), common_layout(*args))
+
+
 def _reduced(input: Value, axis: Any, keep_dims: Any, function: Callable[[Tensor, int], Tensor]) -> Value:
     if axis is None:
         return Value(function(input.data.reshape(-1), 0))

@@ -206,14 +206,19 @@ class Barrier:
         self.missing = self.count
 
     def arrive(self, count: int, nbytes: int, program: "Program") -> None:
-        if self.waited > program.synchronised:
-            raise Hazard("arrives at an mbarrier that other warps may still wait on: no thread_barrier since")
+        if not nbytes:
+            self.completed_by("arrives at", program)
         if count > self.missing:
             raise Hazard("arrives once more at an mbarrier whose phase may not be complete: no wait since")
         self.missing -= count
         self.expected += nbytes
         if not (self.missing or self.expected or self.loads):
             self._advance()
+
+    def completed_by(self, what: str, program: "Program") -> None:
+        """Raises if other warps may still wait for the phase before: what is expected completes none, its copy does."""
+        if self.waited > program.synchronised:
+            raise Hazard(f"{what} an mbarrier that other warps may still wait on: no thread_barrier since")
 
     def wait(self, phase: int, program: "Program") -> None:
         if phase not in (0, 1):
@@ -290,6 +295,7 @@ class Program:
 
     def start_load(self, load: Load, barrier: Barrier) -> None:
         memory = load.target
+        barrier.completed_by("starts a copy to", self)
         self.free(memory, "a copy writes")
         self.open_to_async(memory, "a copy writes over")
         if (memory.of(memory.allocation.loaded) > self.synchronised).any():

@@ -166,6 +166,54 @@ def test_refilled_memory() -> None:
 
 
 @gluon.jit
+def reuse_kernel(source, target, BARRIER: gl.constexpr, ARRIVE: gl.constexpr):
+    smem = gl.allocate_shared_memory(source.dtype, [2, 64, 64], source.layout)
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=1)
+    for i in gl.static_range(2):
+        if ARRIVE and i > 0:
+            mbarrier.arrive(bar, count=1)
+        else:
+            mbarrier.expect(bar, source.block_type.nbytes)
+        if BARRIER:
+            gl.thread_barrier()
+        tma.async_copy_global_to_shared(source, [64 * i, 0], bar, smem.index(i))
+        mbarrier.wait(bar, i)
+        row = gl.arange(0, 64, layout=gl.SliceLayout(1, BLOCKED))[:, None]
+        column = gl.arange(0, 64, layout=gl.SliceLayout(0, BLOCKED))[None, :]
+        gl.store(target + (64 * i + row) * 64 + column, smem.index(i).load(BLOCKED))
+
+
+def test_reused_barrier() -> None:
+    """Bytes may be expected before other warps have come from their wait, but no phase may be completed."""
+    source, target = half(128, 64), torch.empty(128, 64).half()
+    run(reuse_kernel, (1,), (tiles(source), target), BARRIER=True, ARRIVE=False)
+    assert torch.equal(source, target)
+    with pytest.raises(Hazard, match="starts a copy to an mbarrier that other warps may still wait on"):
+        run(reuse_kernel, (1,), (tiles(source), target), BARRIER=False, ARRIVE=False)
+    with pytest.raises(Hazard, match="arrives at an mbarrier that other warps may still wait on"):
+        run(reuse_kernel, (1,), (tiles(source), target), BARRIER=True, ARRIVE=True)
+
+
+@gluon.jit
+def bits_kernel(source, mask, target):
+    place = gl.arange(0, 256, layout=gl.BlockedLayout([2], [32], [4], [0]))
+    x, bits = gl.load(source + place), gl.load(mask + place)
+    kept = gl.inline_asm_elementwise(
+        "and.b32 $0, $1, $2;", "=r,r,r", [x, bits], dtype=x.dtype, is_pure=True, pack=2
+    )  # fmt: skip
+    gl.store(target + place, kept)
+
+
+def test_bits() -> None:
+    source, target = half(256), torch.empty(256).half()
+    source[::3] = float("nan")
+    mask = torch.where(torch.arange(256) % 3 == 0, 0, -1).short()
+    run(bits_kernel, (1,), (source, mask, target))
+    assert torch.equal(target, source.nan_to_num(0.0))
+
+
+@gluon.jit
 def product_kernel(
     left, right, out, REGISTERS: gl.constexpr, SYNC: gl.constexpr, WAIT: gl.constexpr, OVERWRITE: gl.constexpr,
     LAYOUT: gl.constexpr,

@@ -40,6 +40,8 @@ SCRATCH_OF_A_GROUP = 2**31
 HEADS_STEP = 8
 # Programs a multiprocessor that Hopper's gradient kernel is cut into at least: a wave of long ones ends raggedly.
 WAVES = 12
+# Most registers of a thread of that kernel: three programs a multiprocessor.
+GRADIENT_REGISTERS = 168
 
 
 @triton.jit
@@ -486,7 +488,7 @@ def _hopper_gradients(
          call.scale, call.sums, supers, totals.stride(2), totals.stride(0), nheads, ngroups, per_group,
          per_group // parts, headdim, d_state, x.shape[1], call.padded),
         Q=tile, N=n, HALVES=halves, P=tile, BLOCKS=blocks, EVERY=every, RAGGED=call.family.ragged,
-        VECTOR_D=dD is not None, num_warps=4,
+        VECTOR_D=dD is not None, num_warps=4, maxnreg=GRADIENT_REGISTERS,
     )  # fmt: skip
     call.launch(
         triton_gradients_hopper.finish_kernel, (count * every, ngroups * halves, 2),

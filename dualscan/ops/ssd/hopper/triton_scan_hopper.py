@@ -6,6 +6,9 @@ registers, so that only the masked weights go through shared memory. The copy en
 outputs and states, meanwhile. Two programs share a multiprocessor. States of 256 take twice the warps, one program a
 multiprocessor and shared memory for the rounded state: a thread's registers do not hold it.
 
+The kernel waits for latencies: two programs are two warps a scheduler, and instructions issue in a third of the cycles.
+So what a chunk needs from memory is asked for a chunk earlier, and instructions, barriers and registers are few.
+
 Two rules that the compiler does not state. An accumulator that is scaled while any product is in flight makes it wait
 for all of them, and one that is carried around the loop in flight makes it wait after each instruction. And a register
 too many costs more than any overlap gains: beside two programs' shared memory the L1 cache is too small for spills.
@@ -81,15 +84,12 @@ def send_output(
 def fetch_chunk(
     query, key, value, u_smem, k_smem, v_smem, full, slot, row, u_column, v_column, wanted, OUTPUT: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copies of one chunk's tiles into a slot, each with a barrier of its own: they need no order."""
-    mbarrier.expect(full[0].index(slot), key.block_type.nbytes, pred=wanted)
-    mbarrier.expect(full[1].index(slot), value.block_type.nbytes, pred=wanted)
+    """Starts the copies of one chunk's tiles into a slot, whose barrier expects them."""
+    barrier = full.index(slot)
+    tma.async_copy_global_to_shared(key, [row, u_column], barrier, k_smem.index(slot), pred=wanted)
     if OUTPUT:
-        mbarrier.expect(full[2].index(slot), query.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(value, [row, v_column], full[1].index(slot), v_smem.index(slot), pred=wanted)
-    tma.async_copy_global_to_shared(key, [row, u_column], full[0].index(slot), k_smem.index(slot), pred=wanted)
-    if OUTPUT:
-        tma.async_copy_global_to_shared(query, [row, u_column], full[2].index(slot), u_smem.index(slot), pred=wanted)
+        tma.async_copy_global_to_shared(query, [row, u_column], barrier, u_smem.index(slot), pred=wanted)
+    tma.async_copy_global_to_shared(value, [row, v_column], barrier, v_smem.index(slot), pred=wanted)
 
 
 @gluon.jit
@@ -97,6 +97,15 @@ def fetch_state(states, smem, barrier, entry, column, wanted):
     """Starts the copy of one saved state."""
     mbarrier.expect(barrier, states.block_type.nbytes, pred=wanted)
     tma.async_copy_global_to_shared(states, [entry, column], barrier, smem, pred=wanted)
+
+
+@gluon.jit
+def keep_bits(x, mask):
+    """x where `mask` has all bits, 0 where it has none, for 16-bit numbers: one instruction for two of them.
+
+    Even infinities and NaNs become 0, so that what is not wanted may overflow first.
+    """
+    return gl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [x, mask], dtype=x.dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -164,10 +173,12 @@ def scan_hopper_kernel(
         g_smem = gl.allocate_shared_memory(dtype, [N, P], value.layout) if through else low_smem
         g_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(g_full, count=1)
+    # Of each token: its decay sum; its share of the state; and what its output is scaled by, exp2(cs) or s.
     cs_smem = gl.allocate_shared_memory(gl.float32, [Q], line)
-    s_smem = gl.allocate_shared_memory(gl.float32, [Q], line)
+    scale_smem = gl.allocate_shared_memory(gl.float32, [Q], line)
     share_smem = gl.allocate_shared_memory(gl.float32, [Q], line)
-    full = (barriers(), barriers(), barriers() if OUTPUT else None)
+    full = barriers()
+    nbytes: gl.constexpr = key.block_type.nbytes * (2 if OUTPUT else 1) + value.block_type.nbytes
 
     p = column + gl.arange(0, P, layout=gl.SliceLayout(1, wide))
     n = n_first + gl.arange(0, N, layout=gl.SliceLayout(0, wide))
@@ -182,6 +193,7 @@ def scan_hopper_kernel(
     q_flat = gl.arange(0, Q, layout=flat)
     j = gl.arange(0, Q, layout=rows)[:, None]
     i = gl.arange(0, Q, layout=cols)[None, :]
+    mbarrier.expect(full.index(0), nbytes, pred=some)
     fetch_chunk(
         query, key, value, u_smem, k_smem, v_smem, full, 0, first_row + opening * Q, u_column, v_column, some, OUTPUT
     )
@@ -198,6 +210,8 @@ def scan_hopper_kernel(
         next_cs = gl.load(sums + place + q_flat)
         next_s = gl.load(scale + place + q_flat)
         next_last = gl.load(sums + place + Q - 1)
+    # All bits where token i follows token j: a comparison in the loop takes five instructions for this one.
+    causal = gl.where((i <= j) if REVERSE else (i >= j), -1, 0).to(gl.int16)
     seen = 0
     for turn in range(nchunks):
         c = opening + turn * step
@@ -213,13 +227,20 @@ def scan_hopper_kernel(
         entry = ((first_super + c // EVERY) * nheads + h) * d_state + n_first
         last = next_last
         cs_smem.store(next_cs)
-        s_smem.store(next_s)
+        scale_smem.store(next_s if REVERSE else gl.exp2(next_cs))
         share_smem.store(gl.exp2(next_cs) if REVERSE else gl.exp2(last - next_cs) * next_s)
+        here = place + turn * step * Q
+        following = place + (turn * step + (step if more else 0)) * Q
+        next_cs = gl.load(sums + following + q_flat)
+        next_s = gl.load(scale + following + q_flat)
+        next_last = gl.load(sums + following + Q - 1)
         if through:
             if SAVE:
                 # The state before has left.
                 tma.store_wait(0)
             low_smem.permute((1, 0)).store(state.to(dtype))
+        # Before the barrier: the compiler puts one between this and the copies.
+        mbarrier.expect(full.index(1 - slot), nbytes, pred=more)
         if OUTPUT:
             fence_async_shared()
         thread_barrier()
@@ -234,7 +255,6 @@ def scan_hopper_kernel(
             query, key, value, u_smem, k_smem, v_smem, full, 1 - slot, first_row + (c + step) * Q, u_column, v_column,
             more, OUTPUT,
         )  # fmt: skip
-        following = place + (turn * step + (step if more else 0)) * Q
         if KEPT:
             # The state that the next super-chunk begins with, into the memory that this one's has left.
             early = more & (c % EVERY == 0) & (EVERY > 1) & (turn > 0)
@@ -256,17 +276,15 @@ def scan_hopper_kernel(
                     low_smem.permute((1, 0)).store(low)
         # Before any product is in flight: the compiler waits for all of them where an accumulator is touched.
         state = state * gl.exp2(last)
-        mbarrier.wait(full[0].index(slot), phase)
+        mbarrier.wait(full.index(slot), phase)
         if RAGGED:
             valid = end - start - c * Q
             if valid < Q:
-                mbarrier.wait(full[1].index(slot), phase)
                 clear_rows(k, valid, Q, N, num_warps)
                 clear_rows(v, valid, Q, P, num_warps)
                 fence_async_shared()
                 thread_barrier()
         if OUTPUT:
-            mbarrier.wait(full[2].index(slot), phase)
             u = u_smem.index(slot).permute((1, 0))
             weights = warpgroup_mma(k, u, gl.zeros([Q, Q], gl.float32, mma), use_acc=False, is_async=True)
             zero = gl.zeros([P, Q], gl.float32, mma)
@@ -274,29 +292,29 @@ def scan_hopper_kernel(
                 y = warpgroup_mma(low_smem.permute((1, 0)), u, zero, use_acc=False, is_async=True)
             else:
                 y = warpgroup_mma(gl.convert_layout(low, left), u, zero, use_acc=False, is_async=True)
-        mbarrier.wait(full[1].index(slot), phase)
         x = v.permute((1, 0)).load(left)
         share = share_smem.load(gl.SliceLayout(0, left))
         scaled = (x.to(gl.float32) * share[None, :]).to(dtype)
         state = warpgroup_mma(scaled, k, state, is_async=True)
-        next_cs = gl.load(sums + following + q_flat)
-        next_s = gl.load(scale + following + q_flat)
-        next_last = gl.load(sums + following + Q - 1)
         if OUTPUT:
+            if not REVERSE:
+                s_j = gl.load(scale + here + gl.arange(0, Q, layout=rows))[:, None]
             # Registers are what this kernel is short of: the rounded state's are free from here.
             weights, y = warpgroup_mma_wait(1, deps=[weights, y])
             cs_i = cs_smem.load(cols)[None, :]
-            y = y * gl.exp2(last - cs_i if REVERSE else cs_i)
+            y = y * (gl.exp2(last - cs_i) if REVERSE else scale_smem.load(cols)[None, :])
             cs_j = cs_smem.load(rows)[:, None]
             if REVERSE:
-                mask = gl.exp2(gl.where(i <= j, cs_j - cs_i, float("-inf")))
+                mask = gl.exp2(cs_j - cs_i)
             else:
-                mask = gl.exp2(gl.where(i >= j, cs_i - cs_j, float("-inf"))) * s_smem.load(rows)[:, None]
+                mask = gl.exp2(cs_i - cs_j) * s_j
             if through:
                 tma.store_wait(0)
-            w_smem.store((weights * mask).to(dtype))
+            w_smem.store(keep_bits((weights * mask).to(dtype), causal))
             fence_async_shared()
             thread_barrier()
+            # Once more, rather than sixteen registers kept since the first time.
+            x = v.permute((1, 0)).load(left)
         if SAVE:  # noqa: SIM102
             if boundary:
                 if not OUTPUT:
@@ -307,7 +325,7 @@ def scan_hopper_kernel(
             y = warpgroup_mma(x, w_smem, y, is_async=True)
             y, state = warpgroup_mma_wait(0, deps=[y, state])
             if REVERSE:
-                y = y * s_smem.load(cols)[None, :]
+                y = y * scale_smem.load(cols)[None, :]
             if HAS_D:
                 y = y + skip[:, None] * gl.convert_layout(x, mma).to(gl.float32)
             if through:
