@@ -22,15 +22,17 @@ TYPES = {
 
 
 def signature(kernel: Any, arguments: tuple[Any, ...], **constants: Any) -> dict[str, Any]:
-    """A launch as Triton specialises it: types, alignment to 16, and what is absent or a constant."""
+    """A launch as Triton specialises it: types, alignment to 16, and what is absent, one or a constant."""
     given = dict(zip(kernel.arg_names, arguments, strict=False))
-    constants |= {name: None for name, x in given.items() if x is None}
-    types = {name: _type(given[name]) if given.get(name) is not None else "constexpr" for name in kernel.arg_names}
+    free = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    special = {name for name, x in given.items() if x is None or (isinstance(x, int) and x == 1 and name not in free)}
+    constants |= {name: given.pop(name) for name in special}
+    types = {name: _type(given[name]) if name in given else "constexpr" for name in kernel.arg_names}
     return {
         "kernel": [kernel.fn.__module__, kernel.fn.__name__],
         "types": types,
         "constants": {name: x for name, x in constants.items() if name in types},
-        "aligned": [name for name, x in given.items() if _aligned(x)],
+        "aligned": [name for name, x in given.items() if name not in free and _aligned(x)],
         "options": {"num_warps": constants.get("num_warps", 4), "maxnreg": constants.get("maxnreg")},
     }
 

@@ -93,6 +93,10 @@ def state_program(
         later = turn + 1
         wanted = (turn > 0) & (later < turns)
         mbarrier.expect(full.index(1 - slot), nbytes, pred=wanted)
+        following = (first_head + gl.minimum(later, turns - 1) // BLOCKS).to(gl.int64) * padded + first_chunk * Q
+        next_cs = gl.load(sums + following + m * Q + q)
+        next_s = gl.load(scale + following + m * Q + q)
+        next_ends = ends_between(sums, following, m if REVERSE else 0, count if REVERSE else m, Q, EVERY)
         thread_barrier()
         # Every warp is past its reads of the other slot.
         entry = (super_chunk * nheads + first_head + later // BLOCKS) * d_state + n_first
@@ -106,10 +110,6 @@ def state_program(
         scaled = (x.to(gl.float32) * weight[:, None]).to(dtype)
         scaled = gl.convert_layout(scaled, gl.DotOperandLayout(0, wide, 2))
         total = warpgroup_mma(scaled, S.permute((1, 0)), total, is_async=True)
-        following = (first_head + gl.minimum(later, turns - 1) // BLOCKS).to(gl.int64) * padded + first_chunk * Q
-        next_cs = gl.load(sums + following + m * Q + q)
-        next_s = gl.load(scale + following + m * Q + q)
-        next_ends = ends_between(sums, following, m if REVERSE else 0, count if REVERSE else m, Q, EVERY)
         inner = warpgroup_mma_wait(1, deps=[inner])
         read = gl.sum(inner * x.to(gl.float32), 1) * share
         piece = (n_first // N) * BLOCKS + turn % BLOCKS
@@ -280,7 +280,8 @@ def pair_program(
     gl.store(target + i_row * Q + i_col, total)
 
 
-@gluon.jit
+# One head a program is a loop of one turn, which the compiler unrolls and then crashes at.
+@gluon.jit(do_not_specialize=["heads_per_program"])
 def gradient_hopper_kernel(
     x, dy, B, C, S, G, totals, squares, reads, dscale, from_state, into_state, products, overlaps, dD, scale, sums,
     supers, totals_l, totals_side, nheads, ngroups, heads_per_group, heads_per_program, headdim, d_state, seqlen,

@@ -299,11 +299,12 @@ def scan_hopper_kernel(
         if OUTPUT:
             if not REVERSE:
                 s_j = gl.load(scale + here + gl.arange(0, Q, layout=rows))[:, None]
+            # Asked for while the products run: they take a while to come.
+            cs_i = cs_smem.load(cols)[None, :]
+            cs_j = cs_smem.load(rows)[:, None]
             # Registers are what this kernel is short of: the rounded state's are free from here.
             weights, y = warpgroup_mma_wait(1, deps=[weights, y])
-            cs_i = cs_smem.load(cols)[None, :]
             y = y * (gl.exp2(last - cs_i) if REVERSE else scale_smem.load(cols)[None, :])
-            cs_j = cs_smem.load(rows)[:, None]
             if REVERSE:
                 mask = gl.exp2(cs_j - cs_i)
             else:
