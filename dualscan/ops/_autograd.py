@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from dualscan.ops._launch import rehearsed
+
 Routine = Callable[..., Any]
 
 
@@ -22,6 +24,7 @@ def shortcut(operator: Routine, launcher: Routine) -> Routine:
         operator: of `torch.ops.dualscan`.
         launcher: what is registered for it on CPU and CUDA.
     """
+    launcher = rehearsed(launcher)
 
     def call(*args: Any) -> Any:
         if unwatched(args):

@@ -4,11 +4,14 @@ Triton's own launch binds the arguments, looks at every one of them for a specia
 then it encodes every tensor descriptor anew and goes through four Python functions to the one that it compiled in C for
 the kernel's signature. `Launcher` finds a compiled kernel by the constants, the dtypes and the device: its kernels say
 all else themselves, because sizes and strides have annotated types and are never specialised. `started` calls what was
-compiled in C.
+compiled in C. `rehearsed` compiles the kernels of a first call side by side.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -29,6 +32,8 @@ Start = Callable[[tuple[int, ...], Sequence[Any]], None]
 # else that they are made of. Whichever tensor lies at an address later, the same numbers give the same bytes.
 _ENCODED: dict[tuple[Any, ...], list[Any]] = {}
 MOST_ENCODED = 4096
+# Threads that compile.
+MOST_THREADS = 8
 
 
 def started(compiled: Any, constants: int) -> Start | None:
@@ -86,6 +91,76 @@ def started(compiled: Any, constants: int) -> Start | None:
     return start_described if described else start
 
 
+# Whether this thread rehearses: its launches compile only.
+_REHEARSAL = threading.local()
+
+
+def first_launch(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], **options: Any) -> Any:
+    """`kernel[grid](*arguments, **options)`, or in a rehearsal no more than its compilation.
+
+    Returns:
+        The compiled kernel; None in the interpreter and in a rehearsal.
+    """
+    if getattr(_REHEARSAL, "runs", False):
+        kernel.run(*arguments, grid=grid, warmup=True, **options)
+        return None
+    return kernel[grid](*arguments, **options)
+
+
+def rehearsed(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """`launcher`, whose first call on a GPU compiles all of its kernels side by side before it launches one.
+
+    Triton compiles a kernel at its first launch, and the C function that starts it: a second for each, most of it in
+    LLVM, ptxas and a C compiler, which do not hold Python's lock. So the first call is made twice, and the first time
+    launches nothing; what it returns is thrown away.
+
+    Args:
+        launcher: starts kernels by this module's or `_triton`'s launchers, and changes nothing that it is given.
+    """
+    waiting = True
+
+    def call(*args: Any) -> Any:
+        nonlocal waiting
+        if waiting and not getattr(_REHEARSAL, "runs", False) and _may_rehearse(args):
+            waiting = False
+            _rehearse(launcher, args)
+        return launcher(*args)
+
+    return call
+
+
+def _may_rehearse(args: Iterable[Any]) -> bool:
+    """Whether the call is on a GPU and its sequences are not packed: their plan, which kernels fill, is kept."""
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    return any(t.is_cuda for t in tensors) and all(t.is_floating_point() for t in tensors)
+
+
+def _rehearse(launcher: Callable[..., Any], args: Sequence[Any]) -> None:
+    import triton
+    from triton.runtime import driver
+
+    side_by_side = getattr(triton, "AsyncCompileMode", None)  # since Triton 3.5
+    if side_by_side is None:
+        return
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, compile: Callable[[], Any], /) -> Future[Any]:  # pyrefly: ignore[bad-override]
+            def whole() -> Any:
+                kernel = compile()
+                driver.active.launcher_cls(kernel.src, kernel.metadata)  # stays on disk
+                return kernel
+
+            return super().submit(whole)
+
+    _REHEARSAL.runs = True
+    try:
+        # What does not compile will say so at its launch.
+        with Pool(min(MOST_THREADS, os.cpu_count() or 1)) as pool, side_by_side(pool, ignore_errors=True):
+            launcher(*args)
+    finally:
+        _REHEARSAL.runs = False
+
+
 class Launcher:
     """A kernel and its compiled forms.
 
@@ -123,8 +198,9 @@ class Launcher:
         if start is not None:
             start(grid, (*tensors, *sizes))
             return
-        compiled = self.kernel[grid](*tensors, *sizes, *constants, num_warps=warps, maxnreg=registers)
-        if compiled is not None and pointers % ALIGNMENT == 0:  # the interpreter returns nothing
+        everything = (*tensors, *sizes, *constants)
+        compiled = first_launch(self.kernel, grid, everything, num_warps=warps, maxnreg=registers)
+        if compiled is not None and pointers % ALIGNMENT == 0:
             start = started(compiled, len(constants))
             self._compiled[key] = start or (lambda grid, arguments: compiled[grid](*arguments, *constants))
 

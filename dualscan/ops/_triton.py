@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualscan.ops._launch import Start, started
+from dualscan.ops._launch import Start, first_launch, started
 
 OLDEST_CAPABILITY = (8, 0)
 TMA_CAPABILITY = (9, 0)
@@ -234,7 +234,7 @@ class Launcher:
         if self.start is not None:
             self.start(grid, arguments)
             return
-        compiled = kernel[grid](*arguments, **constants)
+        compiled = first_launch(kernel, grid, arguments, **constants)
         self.start = started(compiled, 0 if compiled is None else len(kernel.params) - len(arguments))
 
 
