@@ -58,8 +58,9 @@ def measure(shape: str, repeats: int, ceiling: tuple[float, float]) -> list[dict
     runs: dict[str, block.Run] = {"dualscan": ours, "dualscan chunked": partial(ours, impl="chunked"), "torch": pytorch}
     if importlib.util.find_spec("liger_kernel") is not None:
         runs |= {"liger": liger(None), "liger fp32 sums": liger(torch.float32)}
-    # As many blocks as the whole has, so that sums round as often.
-    error = block.errors(runs, pytorch, inputs(tokens, 256, 8192))
+    # As many slices as the whole has at d 2560, so that sums round as often: 16 of ours, and 16 of liger's.
+    error = block.errors(runs, pytorch, inputs(tokens, 2048, 32768))
+    torch.cuda.empty_cache()
     product = 1e3 * 2 * tokens * width * vocab / ceiling[1]
     floors = {"fwd": product, "fwdbwd": 3 * product}
     t = inputs(tokens, width, vocab)

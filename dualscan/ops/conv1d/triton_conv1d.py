@@ -27,9 +27,13 @@ from dualscan.ops._launch import Launcher, row_alignment
 from dualscan.ops.triton_common import sigmoid, silu_slope, sum_partials
 
 # Channels of a program, warps and rows loaded at once: (forward, backward).
-TILES = ((256, 4, 8), (128, 1, 4))
-# Programs that a multiprocessor should find, and the fewest tokens worth a segment: each reads `halo` rows twice.
-OCCUPANCY = 32
+TILES = ((256, 4, 8), (128, 1, 8))
+# Programs of a multiprocessor: at least so many forward, at most so many backward, where all of them run at once. What
+# is left over for a second wave would take as long as a whole one. Twelve fit with 168 registers a thread; inputs of
+# 16 bits need no more unpacked, and packed or with states are held to it without spilling. Those of 32 bits take 252.
+OCCUPANCY = (32, 12)
+REGISTERS = 168
+# The fewest tokens worth a segment: each reads `halo` rows twice.
 SHORTEST_SEGMENT = 32
 STEP_BLOCK = 256
 _SIZES = ["x_b", "x_l", "x_c", "w_c", "w_j", "s_n", "s_c", "s_k", "seqlen", "channels", "nseq", "segment", "segments"]
@@ -389,7 +393,8 @@ def forward(
             )  # fmt: skip
         else:
             strides = x.stride()
-            cut = _cut(x.shape, strides, strides, nseq, TILES[0], OCCUPANCY * _triton.multiprocessors(x.device))
+            wanted = OCCUPANCY[0] * _triton.multiprocessors(x.device)
+            cut = _cut(x.shape, strides, strides, nseq, TILES[0], wanted)
             _forward(
                 cut.grid, (x, weight, bias, initial_states, cu_seqlens, y, final),
                 (*cut.x, *weight.stride(), *states, *cut.sizes),
@@ -443,14 +448,15 @@ def backward(
     bias, cu_seqlens = _dense(bias), _dense(cu_seqlens)
     present = (silu, bias is not None, initial_states is not None, dfinal is not None)
     with _triton.on_device(x):
-        wanted = OCCUPANCY * _triton.multiprocessors(x.device)
-        cut = _cut(x.shape, x.stride(), dy.stride(), nseq, TILES[1], wanted)
+        wanted = OCCUPANCY[1] * _triton.multiprocessors(x.device)
+        cut = _cut(x.shape, x.stride(), dy.stride(), nseq, TILES[1], wanted, at_most=True)
         lanes = width + (bias is not None)
         partial = torch.empty((batch * cut.segments, lanes, channels), dtype=torch.float32, device=x.device)
         _backward(
             cut.grid, (dy, x, weight, bias, initial_states, cu_seqlens, dfinal, dx, dinitial, partial),
             (*cut.x, *weight.stride(), *states, *cut.other, *dstates, *cut.sizes),
             (width, *cut.constants, *present, cu_seqlens is not None, like_x), cut.warps,
+            REGISTERS if x.element_size() == 2 else None,
         )  # fmt: skip
         sum_partials(partial, dweight, dbias)
     dstates = absent if dinitial is None else dinitial.transpose(1, 2)
@@ -494,14 +500,15 @@ class _Cut:
 @lru_cache(maxsize=1024)
 def _cut(
     shape: tuple[int, ...], x: tuple[int, ...], other: tuple[int, ...], nseq: int, tile: tuple[int, int, int],
-    wanted: int,
+    wanted: int, at_most: bool = False,
 ) -> _Cut:  # fmt: skip
-    """For tensors of one shape and of the strides `x` and `other`, into about `wanted` programs."""
+    """For tensors of one shape and of the strides `x` and `other`, into about `wanted` programs, or at most as many."""
     (batch, seqlen, channels), (block, warps, rows) = shape, tile
     adjacent = x[2] == 1 and other[2] == 1
     align = row_alignment(channels, *x[:2], *other[:2]) if adjacent else 1
     blocks = -(-channels // block)
-    segments = min(-(-wanted // (blocks * batch)), -(-seqlen // SHORTEST_SEGMENT))
+    segments = max(wanted // (blocks * batch), 1) if at_most else -(-wanted // (blocks * batch))
+    segments = min(segments, -(-seqlen // SHORTEST_SEGMENT))
     segment = -(-seqlen // (segments * rows)) * rows
     segments = -(-seqlen // segment)
     return _Cut(

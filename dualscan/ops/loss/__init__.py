@@ -12,6 +12,7 @@ from torch import Tensor
 from dualscan.ops import _triton
 from dualscan.ops._dispatch import Impl, Operator, announce_slow_path, anywhere, choose, register
 from dualscan.ops._launch import unsupported
+from dualscan.ops._pointwise import accumulation_dtype
 from dualscan.ops.loss.library import linear_cross_entropy_fwd
 from dualscan.ops.loss.reference import linear_cross_entropy_reference
 from dualscan.ops.loss.validate import validate
@@ -72,18 +73,22 @@ def linear_cross_entropy(
 
     Note:
         `2 tokens d vocab` FLOPs, and 6 with gradients: "mean" and "sum" compute them in the forward, where the logits
-        are; "none", and a second backward of one graph, computes the logits again, 8 in all. The parts of the weight's
-        gradient add up in float32.
+        are; "none", and a second backward of one graph, computes the logits again, 8 in all.
+
+        A loss that takes no gradients with it, as that of "none", comes from float32 logits. Otherwise logits and their
+        gradients have the dtype of `x`. In bfloat16 that costs a mean 6e-6 of its value and leaves dx and dweight an
+        error of 5.7e-3, as PyTorch's cross-entropy of bfloat16 logits has. The gradient of bfloat16 weights adds up in
+        itself, in at most 32 sums (16 give 7.5e-3; no float32 copy of the weight's size), any other in float32.
     """
     validate(x, weight, target, bias, ignore_index, z_loss, label_smoothing, reduction)
     form = _form(impl, x)
-    counts = target != ignore_index
-    tokens = target.masked_fill(~counts, -1).flatten()
     scale = None
     if reduction != "none":
-        scale = counts.flatten().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        scale = scale / scale.sum() if reduction == "mean" else scale
-    inputs = (x.reshape(-1, x.shape[-1]), weight, bias, tokens, scale, z_loss, label_smoothing)
+        one = torch.ones((), dtype=accumulation_dtype(x.dtype), device=x.device)
+        scale = one / (target != ignore_index).sum() if reduction == "mean" else one
+    # Targets go on as they are and their weight is one number: what there is by token would add to the peak.
+    tokens = target.flatten().contiguous()
+    inputs = (x.reshape(-1, x.shape[-1]), weight, bias, tokens, scale, ignore_index, z_loss, label_smoothing)
     if form == "reference":
         loss = linear_cross_entropy_reference(*inputs)
     else:

@@ -1,13 +1,14 @@
-"""The loss in blocks of tokens: what is in memory at once, and in which order the products run.
+"""The loss in slices of tokens: what is in memory at once, and in which order the products run.
 
-Two sizes of block. The logits of a *part* exist in the accumulation dtype, until the softmax has turned them into
-losses and, in the dtype of `x`, into their gradient. These gradients are kept for a *block* of several parts, because
-every product that adds to the weight's gradient reads and writes all of it: with blocks as small as the parts that
-traffic would cost as much as the arithmetic.
+One buffer holds the logits of a slice, in the dtype of `x`, and the softmax leaves their gradient in their place: in
+16 bits it passes half the memory that float32 would, and the buffer is the only one as wide as the vocabulary. Every
+product that adds to the weight's gradient reads and writes all of it, so a slice has as many tokens as the memory of
+the buffer allows. Alone, the forward has no gradient to hold and takes float32 logits, from which a token's loss is
+exact to float32.
 
 With p the softmax and L its log-sum, the gradient of a token's loss with respect to its logits is
-`(1 + 2 z_loss L) p - label_smoothing / V - (1 - label_smoothing) onehot(target)`. The weights of the tokens enter
-relative to the largest of them, and that one afterwards: a mean over many tokens would underflow in float16.
+`(1 + 2 z_loss L) p - label_smoothing / V - (1 - label_smoothing) onehot(target)`. In float16, where the weights of a
+mean over many tokens would underflow, they enter relative to the largest of them, and that one afterwards.
 """
 
 from collections.abc import Iterator
@@ -17,10 +18,15 @@ import torch
 from torch import Tensor
 
 from dualscan.ops._pointwise import accumulation_dtype
+from dualscan.ops.loss import torch_softmax
 
-# Tokens of a block and of a part, and the elements up to which both may have more tokens than that. At 50288 entries
-# and a width of 2560, both together take the memory that the weight's gradient takes when it is rounded at the end.
-BLOCK, PART = (2048, 2**26), (256, 2**23)
+# Tokens of a slice, and the elements of its logits up to which it may have more: where the weight's gradient adds up in
+# 16 bits, where it does in float32 and costs twice the memory traffic a slice, and where nothing is left behind.
+SLICE_LOW, SLICE, SLICE_FORWARD = (1024, 2**25), (2048, 2**26), (512, 2**24)
+# Sums in 16 bits are rounded once a slice, so of many tokens a slice has more.
+MOST_ROUNDINGS = 32
+# Rows of the tiles that products are cut into.
+TILE = 128
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -30,18 +36,19 @@ def forward(
     bias: Tensor | None,
     target: Tensor,
     scale: Tensor | None,
+    ignore_index: int,
     z_loss: float,
     label_smoothing: float,
     kernel: bool,
 ) -> Tensor:
     """Arguments and result as in `reference.linear_cross_entropy_reference`; `kernel`: the softmax in Triton."""
     losses = torch.empty(len(x), dtype=accumulation_dtype(x.dtype), device=x.device)
+    options = (ignore_index, z_loss, label_smoothing)
     with torch.autocast(x.device.type, enabled=False):
         weight = weight.to(x.dtype)
-        for part in pieces(0, len(x), most(PART, len(weight))):
-            logits = _logits(x[part], weight, bias)
-            _softmax(kernel)(logits, target[part], None, losses[part], None, z_loss, label_smoothing)
-    return losses if scale is None else (losses * scale).sum()
+        for part in pieces(len(x), most(SLICE_FORWARD, len(weight))):
+            _implementation(kernel).softmax(_logits(x[part], weight, bias), target[part], None, losses[part], *options)
+    return losses if scale is None else losses.sum() * scale
 
 
 def gradients(
@@ -50,75 +57,69 @@ def gradients(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    ignore_index: int,
     z_loss: float,
     label_smoothing: float,
     kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses `(tokens,)`, and the gradients of `sum(scale * losses)` in their tensors' dtypes.
 
-    The last, of an absent bias, has no elements.
+    `scale` is one weight `()`, or a weight a token. The last result, of an absent bias, has no elements.
     """
     tokens, vocab, dtype = len(x), len(weight), accumulation_dtype(x.dtype)
     losses = torch.empty(tokens, dtype=dtype, device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty(weight.shape, dtype=dtype, device=x.device)
+    # The sums of float16 are relative to a weight and may be large: not in float16 itself.
+    low_sums = x.dtype == weight.dtype == torch.bfloat16
+    total = torch.empty(weight.shape, dtype=weight.dtype if low_sums else dtype, device=x.device)
     dbias = None if bias is None else torch.zeros(vocab, dtype=dtype, device=x.device)
-    largest = scale.abs().max().clamp(min=torch.finfo(dtype).tiny) if tokens else scale.new_ones(())
-    relative = (scale / largest).to(dtype)
+    own, largest = _implementation(kernel), None
+    if x.dtype == torch.float16 and tokens:
+        largest = scale.abs().max().clamp(min=torch.finfo(dtype).tiny)
+        scale = scale / largest
+    scale = scale.expand(tokens)
+    rows = max(most(SLICE_LOW, vocab), -(-tokens // MOST_ROUNDINGS)) if low_sums else most(SLICE, vocab)
     with torch.autocast(x.device.type, enabled=False):
         low = weight.to(x.dtype)
-        for block in pieces(0, tokens, most(BLOCK, vocab)):
-            dlogits = torch.empty(block.stop - block.start, vocab, dtype=x.dtype, device=x.device)
-            own = (x[block], target[block], relative[block], losses[block])
-            _block_gradient(dlogits, *own, low, bias, z_loss, label_smoothing, kernel)
-            torch.mm(dlogits, low, out=dx[block])
-            _add_product(total, dlogits, x[block], first=block.start == 0)
+        buffer = torch.empty(min(rows, tokens), vocab, dtype=x.dtype, device=x.device)
+        for part in pieces(tokens, rows):
+            logits = torch.mm(x[part], low.t(), out=buffer[: part.stop - part.start])
+            if bias is not None:
+                logits.add_(bias)
+            own.softmax(logits, target[part], scale[part], losses[part], ignore_index, z_loss, label_smoothing)
+            torch.mm(logits, low, out=dx[part])
+            _add_product(total, logits, x[part], first=part.start == 0)
             if dbias is not None:
-                dbias += dlogits.sum(0, dtype=dtype)
-            del dlogits  # before the next block's
+                dbias += logits.sum(0, dtype=dtype)
+            del logits
+        del buffer  # before a rounded copy of the sums
     if tokens == 0:
         total.zero_()
-    dx.mul_(largest)
-    if total.dtype == weight.dtype:
-        dweight = total.mul_(largest)
-    else:
-        dweight = torch.mul(total, largest, out=torch.empty_like(weight, memory_format=torch.contiguous_format))
-    if bias is None or dbias is None:
-        return losses, dx, dweight, x.new_empty(0)
-    return losses, dx, dweight, dbias.mul_(largest).to(bias.dtype)
+    if largest is not None:
+        for t in (dx, total, dbias):
+            if t is not None:
+                own.scale_(t, largest)
+    absent = x.new_empty(0)
+    return losses, dx, total.to(weight.dtype), absent if bias is None or dbias is None else dbias.to(bias.dtype)
 
 
-def _block_gradient(
-    dlogits: Tensor,
-    x: Tensor,
-    target: Tensor,
-    scale: Tensor,
-    losses: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    z_loss: float,
-    label_smoothing: float,
-    kernel: bool,
-) -> None:
-    """Fills a block's `dlogits` and `losses` part by part."""
-    for part in pieces(0, len(x), most(PART, len(weight))):
-        logits = _logits(x[part], weight, bias)
-        _softmax(kernel)(logits, target[part], scale[part], losses[part], dlogits[part], z_loss, label_smoothing)
-        del logits  # before the next part's
+def scale_(t: Tensor, factor: Tensor, kernel: bool) -> None:
+    """`t *= factor`, which has one element."""
+    _implementation(kernel).scale_(t, factor)
 
 
 def most(size: tuple[int, int], vocab: int) -> int:
-    """Tokens of a block or part."""
+    """Tokens of a slice at most."""
     tokens, elements = size
     return max(tokens, elements // vocab)
 
 
-def pieces(start: int, stop: int, most: int) -> Iterator[slice]:
-    """Equal pieces of at most `most` rows."""
-    count = max(-(-(stop - start) // most), 1)
-    length = max(-(-(stop - start) // count), 1)
-    for first in range(start, stop, length):
-        yield slice(first, min(first + length, stop))
+def pieces(tokens: int, most: int) -> Iterator[slice]:
+    """Pieces of at most `most` tokens, all but the last of one length: about equal, in whole tiles where that fits."""
+    count = max(-(-tokens // most), 1)
+    length = min(-(-tokens // (count * TILE)) * TILE, most)
+    for first in range(0, tokens, max(length, 1)):
+        yield slice(first, min(first + length, tokens))
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -131,7 +132,7 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _add_product(total: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None:
-    """`total += dlogitsᵀ x`, or `=` for the first, with the sum in the accumulation dtype."""
+    """`total += dlogitsᵀ x`, or `=` for the first; rounded to the dtype of `total` once."""
     keep = 0 if first else 1
     if total.dtype == x.dtype:
         total.addmm_(dlogits.t(), x, beta=keep)
@@ -143,46 +144,10 @@ def _add_product(total: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None
         total += torch.mm(dlogits.t(), x)
 
 
-def _softmax(kernel: bool) -> Any:
-    if not kernel:
-        return softmax
-    from dualscan.ops.loss import triton_softmax
+def _implementation(kernel: bool) -> Any:
+    """The module that has `softmax` and `scale_`."""
+    if kernel:
+        from dualscan.ops.loss import triton_softmax
 
-    return triton_softmax.softmax
-
-
-def softmax(
-    logits: Tensor,
-    target: Tensor,
-    scale: Tensor | None,
-    losses: Tensor,
-    dlogits: Tensor | None,
-    z_loss: float,
-    label_smoothing: float,
-) -> None:
-    """Writes the losses and, with `scale`, the gradient of `sum(scale * losses)`; uses up the logits.
-
-    Args:
-        logits: `(tokens, vocab)`, overwritten.
-        target: `(tokens,)`, negative where a token does not count.
-        scale: `(tokens,)` or None.
-        losses: `(tokens,)`, written.
-        dlogits: `(tokens, vocab)`, written; None without `scale`.
-        z_loss: weight of the square of the log-sum-exp.
-        label_smoothing: probability that is spread over the vocabulary.
-    """
-    log_sum = torch.logsumexp(logits, 1)
-    index, ignored = target.clamp(min=0).unsqueeze(1), target < 0
-    values = log_sum - (1 - label_smoothing) * logits.gather(1, index).squeeze(1) + z_loss * log_sum.square()
-    if label_smoothing:
-        values -= label_smoothing * logits.mean(1)
-    losses.copy_(values.masked_fill_(ignored, 0))
-    if scale is None or dlogits is None:
-        return
-    scale = scale.masked_fill(ignored, 0).unsqueeze(1)
-    slope = scale * (1 + 2 * z_loss * log_sum.unsqueeze(1))
-    logits.sub_(log_sum.unsqueeze(1)).exp_().mul_(slope)
-    if label_smoothing:
-        logits.sub_(scale * (label_smoothing / logits.shape[1]))
-    logits.scatter_add_(1, index, -(1 - label_smoothing) * scale)
-    dlogits.copy_(logits)
+        return triton_softmax
+    return torch_softmax

@@ -1,8 +1,9 @@
 """The operator boundary: schemas, fake kernels, gradient and FLOP formulas of `dualscan::linear_cross_entropy_fwd`.
 
 `dualscan::linear_cross_entropy_grad` gives losses and gradients in one sweep, for given weights of the tokens. Where
-these are known in the forward, as for a mean, it runs there and the backward only scales. See `ops/conv1d/library.py`
-for the form of the registration.
+these are known in the forward, as for a mean, it runs there and the backward only scales, by
+`dualscan::linear_cross_entropy_scale_`, which does nothing for the factor 1 that a loss usually has. See
+`ops/conv1d/library.py` for the form of the registration.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dualscan.ops._pointwise import accumulation_dtype
 from dualscan.ops.loss import chunked
 
-_OPTIONS = "float z_loss, float label_smoothing, bool kernel"
+_OPTIONS = "int ignore_index, float z_loss, float label_smoothing, bool kernel"
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor target"
 
 _LIBRARY = torch.library.Library("dualscan", "FRAGMENT")
@@ -24,12 +25,15 @@ _LIBRARY.define(
     f"linear_cross_entropy_grad(Tensor scale, {_TENSORS}, {_OPTIONS})"
     " -> (Tensor losses, Tensor dx, Tensor dweight, Tensor dbias)"
 )
+_LIBRARY.define("linear_cross_entropy_scale_(Tensor(a!) t, Tensor factor, bool kernel) -> ()")
 linear_cross_entropy_fwd = torch.ops.dualscan.linear_cross_entropy_fwd.default
 linear_cross_entropy_grad = torch.ops.dualscan.linear_cross_entropy_grad.default
+linear_cross_entropy_scale_ = torch.ops.dualscan.linear_cross_entropy_scale_.default
 
 for _key in ("CPU", "CUDA"):  # on a CPU the kernel runs in Triton's interpreter
     _LIBRARY.impl("linear_cross_entropy_fwd", chunked.forward, _key)
     _LIBRARY.impl("linear_cross_entropy_grad", chunked.gradients, _key)
+    _LIBRARY.impl("linear_cross_entropy_scale_", chunked.scale_, _key)
 
 
 @torch.library.register_fake("dualscan::linear_cross_entropy_fwd", lib=_LIBRARY)
@@ -48,6 +52,11 @@ def _fake_gradients(
     return losses, x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 
 
+@torch.library.register_fake("dualscan::linear_cross_entropy_scale_", lib=_LIBRARY)
+def _fake_scale(*_: Any) -> None:
+    return None
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -58,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if scale is None:
                 return linear_cross_entropy_fwd(*inputs)
             losses, *ctx.gradients = linear_cross_entropy_grad(scale, x, weight, bias, target, *options)
-            return (losses * scale).sum()
+            return losses.sum() * scale
 
     @staticmethod
     @once_differentiable
@@ -71,9 +80,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale = dloss if scale is None else scale * dloss
             _, *grads = linear_cross_entropy_grad(scale, x, weight, bias, target, *ctx.options)
         else:
-            grads = [g.mul_(dloss) for g in grads]
+            for gradient in grads:
+                linear_cross_entropy_scale_(gradient, dloss, ctx.options[-1])
         dx, dweight, dbias = grads
-        return dx, dweight, None if bias is None else dbias, None, None, None, None, None
+        return dx, dweight, None if bias is None else dbias, None, None, None, None, None, None
 
 
 def _autograd(*inputs: Any) -> Tensor:

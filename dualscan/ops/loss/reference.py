@@ -12,6 +12,7 @@ def linear_cross_entropy_reference(
     bias: Tensor | None,
     target: Tensor,
     scale: Tensor | None,
+    ignore_index: int,
     z_loss: float,
     label_smoothing: float,
 ) -> Tensor:
@@ -22,8 +23,9 @@ def linear_cross_entropy_reference(
         x: `(tokens, d)`.
         weight: `(vocab, d)`.
         bias: `(vocab,)` or None.
-        target: `(tokens,)`; negative: the token does not count.
-        scale: `(tokens,)` weights of a sum, without gradient; None: no sum.
+        target: `(tokens,)`.
+        scale: `()`, what the sum is multiplied by, without gradient; None: no sum.
+        ignore_index: the target of tokens that do not count.
         z_loss: weight of L².
         label_smoothing: probability that is spread over the vocabulary.
 
@@ -34,9 +36,10 @@ def linear_cross_entropy_reference(
     logits = x.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
         logits = logits + bias.to(dtype)
-    log_sum = torch.logsumexp(logits, 1)
-    losses = log_sum - (1 - label_smoothing) * logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
+    log_sum, ignored = torch.logsumexp(logits, 1), target == ignore_index
+    chosen = logits.gather(1, target.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1)
+    losses = log_sum - (1 - label_smoothing) * chosen
     if label_smoothing:
         losses = losses - label_smoothing * logits.mean(1)
-    losses = torch.where(target < 0, 0, losses + z_loss * log_sum.square())
-    return losses if scale is None else (losses * scale).sum()
+    losses = torch.where(ignored, 0, losses + z_loss * log_sum.square())
+    return losses if scale is None else losses.sum() * scale

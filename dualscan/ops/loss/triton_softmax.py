@@ -1,7 +1,7 @@
 """The softmax, its losses and its gradient on a GPU: a program goes over one token's logits twice.
 
-The first time for the log-sum-exp, the second, from the L2 cache, for the gradient. PyTorch's operators would go over
-memory eight times.
+The first time for the log-sum-exp, the second, from the L2 cache, for the gradient, which takes the logits' place.
+PyTorch's operators would go over memory eight times.
 """
 
 import triton
@@ -12,25 +12,34 @@ from dualscan.ops import _triton
 from dualscan.ops._launch import Launcher, row_alignment
 from dualscan.ops.triton_common import LOG2E
 
-# Logits that a program takes at once.
-BLOCK = 4096
-WARPS = 8
+# Logits that a program takes at once: with few steps, each of which waits for a maximum and a sum of the whole program.
+BLOCK = 16384
+MOST_WARPS = 16
+# Elements that a program of `scale_kernel` takes at once, its warps, and programs a multiprocessor.
+SCALE_BLOCK, SCALE_WARPS, SCALE_PROGRAMS = 4096, 8, 8
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(do_not_specialize=["vocab", "scale_step", "ignore_index"])
 def softmax_kernel(
-    logits, target, scale, losses, dlogits, vocab: tl.int32, z_loss: tl.float32, label_smoothing: tl.float32,
+    logits, target, scale, losses,
+    vocab: tl.int32, scale_step: tl.int32, ignore_index: tl.int64, z_loss: tl.float32, label_smoothing: tl.float32,
     BLOCK: tl.constexpr, ALIGN: tl.constexpr, SMOOTH: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Grid `(tokens,)`. The vocabulary counts in ALIGN."""
     vocab = vocab * ALIGN
     token = tl.program_id(0).to(tl.int64)
     logits += token * vocab
+    t = tl.load(target + token)
+    counts = t != ignore_index
+    valid = (t >= 0) & (t < vocab)
+    # A target outside the vocabulary shows as NaN; looking at it before would mean to wait for the GPU. Read here,
+    # because the gradient takes its place.
+    chosen = tl.load(logits + t, mask=valid, other=float("nan")).to(tl.float32)
     v = tl.arange(0, BLOCK)
     top, total, plain = float("-inf"), 0.0, 0.0
     for first in range(0, vocab, BLOCK):
         inside = first + v < vocab
-        s = tl.load(logits + first + v, mask=inside, other=float("-inf"), eviction_policy="evict_last")
+        s = tl.load(logits + first + v, mask=inside, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
         highest = tl.maximum(top, tl.max(s, 0))
         # While all is -inf, differences are taken from 0 rather than from itself.
         base = tl.where(highest == float("-inf"), 0.0, highest)
@@ -39,42 +48,64 @@ def softmax_kernel(
         if SMOOTH:
             plain += tl.sum(tl.where(inside, s, 0.0), 0)
     log_sum = top + tl.log(total)
-    t = tl.load(target + token)
-    # A target outside the vocabulary shows as NaN; looking at it before would mean to wait for the GPU.
-    chosen = tl.load(logits + t, mask=(t >= 0) & (t < vocab), other=float("nan"))
     loss = log_sum - (1.0 - label_smoothing) * chosen + z_loss * log_sum * log_sum
     if SMOOTH:
         loss -= label_smoothing * plain / vocab
-    tl.store(losses + token, tl.where(t < 0, 0.0, loss))
+    tl.store(losses + token, tl.where(counts, loss, 0.0))
     if GRADIENT:
-        dlogits += token * vocab
-        weight = tl.where(t < 0, 0.0, tl.load(scale + token))
+        weight = tl.where(counts, tl.load(scale + token * scale_step), 0.0)
         slope = weight * (1.0 + 2.0 * z_loss * log_sum)
         hit = weight * (1.0 - label_smoothing)
         spread = weight * label_smoothing / vocab
+        place = tl.where(valid, t, -1).to(tl.int32)
         for first in range(0, vocab, BLOCK):
             inside = first + v < vocab
             s = tl.load(logits + first + v, mask=inside, other=float("-inf"), eviction_policy="evict_first")
-            ds = tl.exp2((s - log_sum) * LOG2E) * slope - tl.where(first + v == t, hit, 0.0)
+            ds = tl.exp2((s.to(tl.float32) - log_sum) * LOG2E) * slope - tl.where(first + v == place, hit, 0.0)
             if SMOOTH:
                 ds -= spread
-            tl.store(dlogits + first + v, ds.to(dlogits.dtype.element_ty), mask=inside)
+            tl.store(logits + first + v, ds.to(logits.dtype.element_ty), mask=inside)
 
 
-_softmax = Launcher(softmax_kernel)
+@triton.jit(do_not_specialize=["count"])
+def scale_kernel(t, factor, count: tl.int64, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+    """`t *= factor`, or nothing for a factor of 1. Any grid `(programs,)`. The elements count in ALIGN."""
+    count = count * ALIGN
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in range(first, count, tl.num_programs(0).to(tl.int64) * BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            scaled = tl.load(t + i, mask=i < count).to(tl.float32) * by
+            tl.store(t + i, scaled.to(t.dtype.element_ty), mask=i < count)
+
+
+_softmax, _scale = Launcher(softmax_kernel), Launcher(scale_kernel)
 
 
 def softmax(
-    logits: Tensor, target: Tensor, scale: Tensor | None, losses: Tensor, dlogits: Tensor | None, z_loss: float,
+    logits: Tensor, target: Tensor, scale: Tensor | None, losses: Tensor, ignore_index: int, z_loss: float,
     label_smoothing: float,
 ) -> None:  # fmt: skip
-    """As `chunked.softmax`; the logits stay as they are."""
+    """As `torch_softmax.softmax`; without `scale` the logits stay as they are."""
     tokens, vocab = logits.shape
     if tokens == 0:
         return
-    align = row_alignment(vocab)
+    align, block = row_alignment(vocab), min(BLOCK, triton.next_power_of_2(vocab))
     with _triton.on_device(logits):
         _softmax(
-            (tokens, 1, 1), (logits, target, scale, losses, dlogits), (vocab // align, z_loss, label_smoothing),
-            (min(BLOCK, triton.next_power_of_2(vocab)), align, label_smoothing != 0, scale is not None), WARPS,
+            (tokens, 1, 1), (logits, target, scale, losses),
+            (vocab // align, 0 if scale is None else scale.stride(0), ignore_index, z_loss, label_smoothing),
+            (block, align, label_smoothing != 0, scale is not None), min(max(block // 512, 4), MOST_WARPS),
         )  # fmt: skip
+
+
+def scale_(t: Tensor, factor: Tensor) -> None:
+    """`t *= factor`, a float32 tensor of one element; a factor of 1 costs a launch and no pass over memory."""
+    count = t.numel()
+    if count == 0:
+        return
+    align = row_alignment(count)
+    programs = min(-(-count // SCALE_BLOCK), SCALE_PROGRAMS * _triton.multiprocessors(t.device))
+    with _triton.on_device(t):
+        _scale((programs, 1, 1), (t, factor), (count // align,), (SCALE_BLOCK, align), SCALE_WARPS)

@@ -30,7 +30,7 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
     if request.param == "cut":
         monkeypatch.setattr(triton_conv1d, "SHORTEST_SEGMENT", 4)
-        monkeypatch.setattr(triton_conv1d, "OCCUPANCY", 1000)
+        monkeypatch.setattr(triton_conv1d, "OCCUPANCY", (1000, 1000))
         monkeypatch.setattr(triton_conv1d, "TILES", ((8, 1, 4), (8, 1, 2)))
         monkeypatch.setattr(triton_conv1d, "STEP_BLOCK", 4)
 

@@ -8,7 +8,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualscan.ops.loss import linear_cross_entropy
-from dualscan.ops.loss.library import linear_cross_entropy_fwd, linear_cross_entropy_grad
+from dualscan.ops.loss.library import (
+    linear_cross_entropy_fwd,
+    linear_cross_entropy_grad,
+    linear_cross_entropy_scale_,
+)
 from tests.ops.loss.problem import problem
 from tests.oracle import assert_close
 
@@ -17,8 +21,8 @@ def arguments(scale: bool, bias: bool, dtype: torch.dtype = torch.float64) -> tu
     tensors, target, _ = problem(shape=(5,), d=4, vocab=6, bias=bias, dtype=dtype)
     leaves = [tensors[name].requires_grad_() if name in tensors else None for name in ("x", "weight", "bias")]
     target[2] = -1
-    weights = torch.rand(5, dtype=torch.float64 if dtype == torch.float64 else torch.float32) if scale else None
-    return *leaves, target, weights, 0.1, 0.2, False
+    weight = torch.rand((), dtype=torch.float64 if dtype == torch.float64 else torch.float32) if scale else None
+    return *leaves, target, weight, -1, 0.1, 0.2, False
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -30,8 +34,10 @@ def test_opcheck(scale: bool, bias: bool, dtype: torch.dtype):
     assert set(results.values()) == {"SUCCESS"}
     assert len(results) == 4
     x, weight, b, target, _, *options = (t.detach() if isinstance(t, Tensor) else t for t in given)
-    weights = torch.rand(5)
-    results = torch.library.opcheck(linear_cross_entropy_grad, (weights, x, weight, b, target, *options))
+    for weights in (torch.rand(5), torch.rand(())):
+        results = torch.library.opcheck(linear_cross_entropy_grad, (weights, x, weight, b, target, *options))
+        assert set(results.values()) == {"SUCCESS"}
+    results = torch.library.opcheck(linear_cross_entropy_scale_, (weight, torch.tensor(2.0), False))
     assert set(results.values()) == {"SUCCESS"}
 
 

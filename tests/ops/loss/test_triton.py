@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dualscan.ops.loss import chunked, linear_cross_entropy
 from tests.ops.loss.problem import CORNERS, compare, evaluate, problem
+from tests.oracle import assert_close
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -18,14 +20,15 @@ RUNS += [(name, dtype) for dtype in (torch.float16, torch.bfloat16)[: 1 + CUDA] 
 
 
 @pytest.fixture(params=["small", "whole"], autouse=True)
-def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from dualscan.ops.loss import triton_softmax
 
     if request.param == "small":
         monkeypatch.setattr(triton_softmax, "BLOCK", 16)
-        monkeypatch.setattr(chunked, "BLOCK", (10, 0))
-        monkeypatch.setattr(chunked, "PART", (4, 0))
+        monkeypatch.setattr(triton_softmax, "SCALE_BLOCK", 32)
+        for name, tokens in (("SLICE_LOW", 4), ("SLICE", 10), ("SLICE_FORWARD", 6)):
+            monkeypatch.setattr(chunked, name, (tokens, 0))
 
 
 @pytest.mark.parametrize(("corner", "dtype"), RUNS, ids=str)
@@ -42,6 +45,54 @@ def test_a_bias_of_minus_infinity():
     tensors["bias"][:20] = tensors["bias"][40:] = float("-inf")
     target = target.remainder(20) + 20
     compare(tensors, target, options, device=DEVICE, impl="triton")
+
+
+@pytest.mark.parametrize("corner", ["plain", "sum", "everything", "everything, none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_weights(corner: str, dtype: torch.dtype):
+    """As autocast has them; no more digits than before, since the products are in 16 bits."""
+    tensors, target, options = problem(**CORNERS[corner], dtype=dtype)
+    tensors["weight"] = tensors["weight"].float()
+    tensors["x"] *= 0.2
+    compare(tensors, target, options, device=DEVICE, impl="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_slices(dtype: torch.dtype):
+    """More tokens than a slice holds, of which one slice counts none; memory with gaps."""
+    tensors, target, options = problem(shape=(2, 300), vocab=64, dtype=dtype)
+    target[0, 100:180] = -100
+    tensors["x"] *= 0.2
+    compare(tensors, target, options, device=DEVICE, impl="triton")
+    gaps = {name: t.to(DEVICE).repeat_interleave(2, dim=-1)[..., ::2] for name, t in tensors.items()}
+    spread = target.to(DEVICE).repeat_interleave(2, dim=-1)[..., ::2]
+    found = evaluate(linear_cross_entropy, gaps, spread, {"impl": "triton"})
+    straight = {name: t.to(DEVICE) for name, t in tensors.items()}
+    expected = evaluate(linear_cross_entropy, straight, target.to(DEVICE), {"impl": "triton"})
+    for name, value in found.items():
+        assert_close(name, value, expected[name].double(), dtype=dtype, gradient=name != "loss")
+
+
+def test_nothing_counts():
+    tensors, target, _ = problem(dtype=torch.float32)
+    target.fill_(-100)
+    tensors, target = {name: t.to(DEVICE) for name, t in tensors.items()}, target.to(DEVICE)
+    found = evaluate(linear_cross_entropy, tensors, target, {"impl": "triton"})
+    assert found["loss"].isnan()
+    assert not found["dx"].any()
+    assert not found["dweight"].any()
+    assert evaluate(linear_cross_entropy, tensors, target, {"impl": "triton", "reduction": "sum"})["loss"] == 0
+
+
+@pytest.mark.parametrize("count", [1, 24, 1000])
+@pytest.mark.parametrize("factor", [1.0, 0.5, float("nan")])
+def test_scale(count: int, factor: float):
+    from dualscan.ops.loss import triton_softmax
+
+    t = torch.randn(count, device=DEVICE)
+    expected = t * factor
+    triton_softmax.scale_(t, torch.tensor(factor, device=DEVICE))
+    assert torch.equal(t.nan_to_num(7), expected.nan_to_num(7))
 
 
 def test_large_logits():
@@ -70,9 +121,9 @@ def test_the_kernel_needs_a_gpu(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.cuda
 def test_a_wrong_target_is_not_a_number():
-    x, weight = torch.randn(2, 16, device="cuda"), torch.randn(32, 16, device="cuda")
-    loss = linear_cross_entropy(x, weight, torch.tensor([3, 32], device="cuda"), reduction="none")
-    assert loss.isnan().tolist() == [False, True]
+    x, weight = torch.randn(3, 16, device="cuda"), torch.randn(32, 16, device="cuda")
+    loss = linear_cross_entropy(x, weight, torch.tensor([3, 32, -1], device="cuda"), reduction="none")
+    assert loss.isnan().tolist() == [False, True, True]
 
 
 @pytest.mark.cuda
@@ -85,8 +136,37 @@ def test_a_vocabulary_of_a_model(impl: Any, dtype: torch.dtype):
 
 
 @pytest.mark.cuda
-def test_graph_capture():
+def test_a_large_sum_survives_float16():
+    """Before it is divided by the tokens, the gradient of a weight is above float16's largest number."""
+    tensors, target, options = problem(shape=(4096,), d=8, vocab=512, dtype=torch.float16)
+    tensors["x"] = tensors["x"].abs() + 30
+    tensors["weight"] *= 0.1
+    compare(tensors, target.zero_(), options, device="cuda", impl="triton")
+
+
+@pytest.mark.cuda
+def test_bfloat16_sums_need_no_second_copy():
+    """The peak is the results and one slice of logits."""
+    tensors, target, _ = problem(shape=(4096,), d=256, vocab=50288, dtype=torch.bfloat16)
+    leaves = {name: t.cuda().requires_grad_() for name, t in tensors.items()}
+    target = target.cuda()
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(linear_cross_entropy(**leaves, target=target), list(leaves.values()))
+
+    run()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    results = sum(t.numel() for t in leaves.values()) + 1024 * 50288
+    assert torch.cuda.max_memory_allocated() - before <= 2 * results + 2**16
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
+def test_graph_capture(weights: torch.dtype):
     tensors, target, _ = problem(shape=(64,), d=64, vocab=512, dtype=torch.bfloat16)
+    tensors["weight"] = tensors["weight"].to(weights)
     tensors, target = {name: t.cuda() for name, t in tensors.items()}, target.cuda()
     expected = evaluate(linear_cross_entropy, tensors, target, {})
     graph = torch.cuda.CUDAGraph()

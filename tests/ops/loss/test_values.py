@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dualscan.ops.loss import chunked, linear_cross_entropy
+from dualscan.ops.loss import chunked, linear_cross_entropy, torch_softmax
 from tests.ops.loss.problem import CORNERS, by_pytorch, compare, evaluate, problem
 from tests.oracle import assert_close
 
@@ -33,18 +33,40 @@ def test_float32_weights_serve_bfloat16_inputs():
 
 
 @pytest.mark.parametrize("corner", ["plain", "everything", "everything, none"])
-@pytest.mark.parametrize("sizes", [(1, 1), (40, 15), (1000, 40)], ids=str)
-def test_blocks_do_not_matter(corner: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(chunked, "BLOCK", (sizes[0], 0))
-    monkeypatch.setattr(chunked, "PART", (sizes[1], 0))
+@pytest.mark.parametrize("tokens", [1, 40, 1000])
+def test_slices_do_not_matter(corner: str, tokens: int, monkeypatch: pytest.MonkeyPatch):
+    for name in ("SLICE_FORWARD", "SLICE"):
+        monkeypatch.setattr(chunked, name, (tokens, 0))
     compare(*problem(shape=(5, 30), **CORNERS[corner]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_parts_do_not_matter(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    tensors, target, options = problem(**CORNERS["everything"], dtype=dtype)
+    expected = evaluate(linear_cross_entropy, tensors, target, options)
+    monkeypatch.setattr(torch_softmax, "PART", 5 * 37)
+    found = evaluate(linear_cross_entropy, tensors, target, options)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_sums_of_bfloat16_weights_are_rounded_a_few_times(monkeypatch: pytest.MonkeyPatch):
+    """However many tokens there are."""
+    monkeypatch.setattr(chunked, "SLICE_LOW", (4, 0))
+    sums, real = [], chunked._add_product
+    monkeypatch.setattr(chunked, "_add_product", lambda *args, **first: (sums.append(args[0]), real(*args, **first)))
+    tensors, target, options = problem(shape=(40, 200), vocab=64, dtype=torch.bfloat16)
+    tensors["x"] *= 0.2
+    compare(tensors, target, options)
+    assert 8 < len(sums) <= chunked.MOST_ROUNDINGS
+    assert sums[0].dtype == torch.bfloat16
+
+
 def test_pieces_cover_everything_once():
-    for start, stop, most in ((0, 0, 5), (0, 1, 1), (3, 1000, 300), (0, 16384, 2668), (0, 2432, 667), (5, 38, 1)):
-        found = list(chunked.pieces(start, stop, most))
-        assert [t for piece in found for t in range(piece.start, piece.stop)] == list(range(start, stop))
+    for tokens, most in ((0, 5), (1, 1), (1000, 300), (16384, 2668), (16384, 1024), (2432, 667), (38, 1), (5000, 1024)):
+        found = list(chunked.pieces(tokens, most))
+        assert [t for piece in found for t in range(piece.start, piece.stop)] == list(range(tokens))
         assert all(piece.stop - piece.start <= most for piece in found)
+        assert len(found) == -(-tokens // most)
 
 
 def test_a_small_mean_survives_float16():
@@ -81,6 +103,19 @@ def test_mean_of_nothing_is_nan():
     target.fill_(-100)
     assert linear_cross_entropy(**tensors, target=target).isnan()
     assert linear_cross_entropy(**tensors, target=target, reduction="sum") == 0
+    found = evaluate(linear_cross_entropy, tensors, target, {})
+    assert not found["dx"].any()
+    assert not found["dweight"].any()
+
+
+@pytest.mark.parametrize("cotangent", [1.0, 3.0])
+def test_a_cotangent_scales(cotangent: float):
+    tensors, target, options = problem(bias=True)
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    expected = torch.autograd.grad(by_pytorch(**leaves, target=target, **options), list(leaves.values()))
+    loss = linear_cross_entropy(**leaves, target=target, **options)
+    for a, e in zip(torch.autograd.grad(cotangent * loss, list(leaves.values())), expected, strict=True):
+        assert_close("gradient", a, cotangent * e, dtype=torch.float64, gradient=True)
 
 
 def test_a_bias_of_minus_infinity_leaves_an_entry_out():
@@ -93,9 +128,8 @@ def test_a_bias_of_minus_infinity_leaves_an_entry_out():
 
 
 def test_logits_are_never_all_there(monkeypatch: pytest.MonkeyPatch):
-    """The largest allocation is that of one block."""
-    monkeypatch.setattr(chunked, "BLOCK", (32, 0))
-    monkeypatch.setattr(chunked, "PART", (16, 0))
+    """The largest allocation is that of one slice."""
+    monkeypatch.setattr(chunked, "SLICE", (16, 0))
     largest, real = [0], torch.mm
 
     def product(*args: Any, **kwargs: Any) -> torch.Tensor:
