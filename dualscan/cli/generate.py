@@ -40,6 +40,7 @@ class GenerateArguments:
         seed: equal seeds write equal texts.
         device: auto takes a GPU if there is one.
         dtype: of the matrices.
+        state_dtype: of the states of Mamba-2 layers from token to token; bf16 is half the memory, rounded every token.
     """
 
     folder: Positional[Path | None] = None
@@ -57,6 +58,7 @@ class GenerateArguments:
     seed: int | None = None
     device: str = "auto"
     dtype: Literal["fp32", "bf16"] = "fp32"
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,6 +87,7 @@ def main(argv: Sequence[str]) -> int:
         sampling=sampling,
         stop=arguments.stop,
         seed=arguments.seed,
+        state_dtype=_DTYPES[arguments.state_dtype],
     )
     started = time.perf_counter()
     written = show(arguments.prompt, pieces)

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from dualscan.generate.graph import Stepper
-from dualscan.generate.sampling import Sampling, distribution, draw
+from dualscan.generate.sampling import Sampling, choose
 
 if TYPE_CHECKING:
     from dualscan.models.lm import MambaLM
@@ -33,19 +33,22 @@ class GenerateOutput(NamedTuple):
 
 
 @torch.inference_mode()
-def prefill(model: "MambaLM", prompts: Tensor | Sequence[Tensor]) -> tuple[Tensor, Any]:
+def prefill(
+    model: "MambaLM", prompts: Tensor | Sequence[Tensor], *, state_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Any]:
     """Reads the prompts.
 
     Args:
         model: on the device that the prompts will be moved to.
         prompts: `(batch, seqlen)` int64, or a sequence of `batch` one-dimensional int64 tensors of any lengths >= 1.
             Prompts of different lengths are read as one packed sequence, each from a fresh state.
+        state_dtype: of the SSM states that Mamba-2 layers are left with, as in `generate`.
 
     Returns:
         The logits after each prompt, `(batch, vocab_size)`, and the model's state, of the same batch size.
 
     Raises:
-        ValueError: no prompt, an empty one, or a wrong shape.
+        ValueError: no prompt, an empty one, or a wrong shape; or an unknown `state_dtype`.
         TypeError: prompts that are not tensors, or not of int64.
     """
     device = next(model.parameters()).device
@@ -54,12 +57,14 @@ def prefill(model: "MambaLM", prompts: Tensor | Sequence[Tensor]) -> tuple[Tenso
     if len(set(lengths)) == 1:
         tokens, state, logits = torch.stack(rows).to(device), None, None
         for piece in tokens.split(PREFILL_TOKENS, dim=1):
-            logits, state = model(piece, state=state, logits_to_keep=1)
+            logits, state = model(piece, state=state, logits_to_keep=1, state_dtype=state_dtype)
         assert logits is not None
         return logits[:, -1], state
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    logits, state = model(torch.cat(rows)[None].to(device), cu_seqlens=ends.to(device))
-    return logits[0, (ends[1:] - 1).to(device)], state
+    tokens, ends = torch.cat(rows)[None].to(device), ends.to(device)
+    hidden, state = model.hidden_states(tokens, cu_seqlens=ends, state_dtype=state_dtype)
+    last = hidden[:, ends[1:] - 1]  # a vocabulary's logits of every other token are not wanted
+    return model.project_out(last)[0], state
 
 
 def _rows(prompts: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -92,6 +97,7 @@ def stream(
     sampling: Sampling | None = None,
     stop_ids: Collection[int] = (),
     seed: int | None = None,
+    state_dtype: torch.dtype | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every row until all rows have stopped or `max_tokens` are made.
 
@@ -102,12 +108,13 @@ def stream(
         sampling: how a token is drawn; None is `Sampling()`, plain sampling at temperature 1.
         stop_ids: a row ends at any of these; the stop id is yielded, and again for as long as other rows go on.
         seed: equal seeds draw equal tokens on one device; None draws from PyTorch's global generator.
+        state_dtype: as in `generate`.
 
     Yields:
         `(batch,)` int64 on the model's device.
 
     Raises:
-        ValueError: `max_tokens` is negative, or the prompts are not as described.
+        ValueError: `max_tokens` is negative, `state_dtype` unknown, or the prompts are not as described.
     """
     if max_tokens < 0:
         raise ValueError(f"max_tokens={max_tokens} must be 0 or more.")
@@ -115,19 +122,22 @@ def stream(
         return
     sampling = sampling or Sampling()
     vocab_size = model.config.vocab_size  # the logits beyond belong to padding rows of the embedding
-    logits, state = prefill(model, prompts)
+    device = next(model.parameters()).device
+    # Copies to a GPU wait for it: all of them come before the prompts are read.
+    seen = _seen(_rows(prompts), vocab_size, device) if sampling.repetition_penalty != 1.0 else None
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
+    generator = None if seed is None else Generator(device=device).manual_seed(seed)
+    logits, state = prefill(model, prompts, state_dtype=state_dtype)
     logits = logits[:, :vocab_size]
     step = Stepper(model, state, max_tokens - 1)
     del state  # the stepper's alone: it is changed in place
-    generator = None if seed is None else Generator(device=logits.device).manual_seed(seed)
-    seen = _seen(_rows(prompts), logits) if sampling.repetition_penalty != 1.0 else None
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=logits.device)
     stopped = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
     tokens = torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
     for made in range(1, max_tokens + 1):
-        drawn = draw(distribution(logits, sampling, seen), generator)
+        drawn = choose(logits, sampling, seen, generator)
         tokens = torch.where(stopped, tokens, drawn)
-        stopped = stopped | torch.isin(tokens, stops)
+        if stop_ids:
+            stopped = stopped | torch.isin(tokens, stops)
         yield tokens
         if made == max_tokens or (stop_ids and stopped.all()):
             return
@@ -136,12 +146,11 @@ def stream(
         logits = step(tokens)[:, :vocab_size]
 
 
-def _seen(rows: list[Tensor], logits: Tensor) -> Tensor:
+def _seen(rows: list[Tensor], vocab_size: int, device: torch.device) -> Tensor:
     """`(batch, vocab_size)` bool: the tokens of each prompt."""
-    seen = torch.zeros_like(logits, dtype=torch.bool)
+    seen = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=device)
     for index, row in enumerate(rows):
-        row = row.to(logits.device)
-        seen[index, row] = True
+        seen[index, row.to(device)] = True
     return seen
 
 
@@ -157,6 +166,7 @@ def generate(
     repetition_penalty: float = 1.0,
     stop_ids: Collection[int] = (),
     seed: int | None = None,
+    state_dtype: torch.dtype | None = None,
 ) -> GenerateOutput:
     """Continues each prompt.
 
@@ -171,12 +181,15 @@ def generate(
         repetition_penalty: above 1 makes tokens less likely that are in the prompt or already made.
         stop_ids: a row ends at any of these.
         seed: equal seeds draw equal tokens on one device; None draws from PyTorch's global generator.
+        state_dtype: in which the SSM states of Mamba-2 layers are kept from token to token, `torch.float32` or
+            `torch.bfloat16`; None keeps them as they are computed, in float32. Half the bytes are read and written a
+            token, which many rows at once wait for, and every token rounds the state. All else stays as it is.
 
     Returns:
         `tokens` `(batch, n)` int64 without the prompts, and `lengths` `(batch,)`.
 
     Raises:
-        ValueError: a sampling value out of its range, or prompts that are not as described.
+        ValueError: a sampling value out of its range, another `state_dtype`, or prompts that are not as described.
     """
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
@@ -189,6 +202,7 @@ def generate(
             sampling=sampling,
             stop_ids=stop_ids,
             seed=seed,
+            state_dtype=state_dtype,
         )
     )
     tokens = torch.stack(columns, dim=1) if columns else torch.empty(len(_rows(prompts)), 0, dtype=torch.int64)

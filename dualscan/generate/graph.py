@@ -1,12 +1,14 @@
 """A decoding step as a CUDA graph: on a GPU a step of a whole model is hundreds of short kernels, and what takes the
 time is starting them one by one.
 
-A graph is recorded once a generation, when the first step has run, and replayed for every other step. Tokens, logits
-and state keep their addresses: what a step returns elsewhere in memory is copied to where it came from. A model whose
-state grows with the text (attention) or that looks at values on the host on the way (experts) goes on step by step.
+A graph is recorded once a generation, when the first step has been started, and replayed for every other step. Tokens,
+logits and state keep their addresses: what a step returns elsewhere in memory is copied to where it came from. A model
+whose state grows with the text (attention) or that looks at values on the host on the way (experts) goes on step by
+step. Nothing here waits for the device, which may still be reading the prompts meanwhile.
 """
 
 import logging
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,15 +62,26 @@ class Stepper:
         """Records the next step. Nothing runs: the state stays as it is, also where recording fails."""
         graph, place = torch.cuda.CUDAGraph(), tokens[:, None].clone()
         try:
-            with torch.cuda.device(tokens.device), torch.cuda.graph(graph):
-                logits, after = self._model(place, state=self._state, reuse_state=True)
-                for old, new in zip(_tensors(self._state), _tensors(after), strict=True):
-                    if new.data_ptr() != old.data_ptr():
-                        old.copy_(new)
+            # Not `torch.cuda.graph`: that waits for the device and gives the allocator's memory back first.
+            with torch.cuda.device(tokens.device), torch.cuda.stream(_recording_stream(tokens.device)):
+                graph.capture_begin()
+                try:
+                    logits, after = self._model(place, state=self._state, reuse_state=True)
+                    for old, new in zip(_tensors(self._state), _tensors(after), strict=True):
+                        if new.data_ptr() != old.data_ptr():
+                            old.copy_(new)
+                finally:
+                    graph.capture_end()
         except RuntimeError as problem:
             logger.info("steps are not replayed from a CUDA graph: %s", str(problem).strip().splitlines()[0])
             return
         self._recording = graph, place, logits[:, -1]
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: the libraries keep memory for every stream that they have seen."""
+    return torch.cuda.Stream(device)
 
 
 def _tensors(state: Any) -> list[Tensor]:

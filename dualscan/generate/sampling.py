@@ -127,4 +127,34 @@ def draw(probabilities: Tensor, generator: Generator | None = None) -> Tensor:
     Returns:
         `(batch,)` int64.
     """
+    if probabilities.is_cuda:
+        return _race(probabilities, generator)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def _race(probabilities: Tensor, generator: Generator | None) -> Tensor:
+    """The first of exponential arrival times with these rates, which is what `multinomial` draws too: but that waits
+    for the device to check its argument, and a decoding step must not."""
+    times = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / times).argmax(dim=-1)
+
+
+def choose(
+    logits: Tensor, sampling: Sampling, seen: Tensor | None = None, generator: Generator | None = None
+) -> Tensor:
+    """The next token of every row: `draw` from `distribution`, which at temperature 0 is the largest logit.
+
+    Args:
+        logits: `(batch, vocab_size)`, any floating dtype.
+        sampling: the rules.
+        seen: as in `distribution`.
+        generator: as in `draw`.
+
+    Returns:
+        `(batch,)` int64.
+    """
+    if sampling.temperature > 0.0:
+        return draw(distribution(logits, sampling, seen), generator)
+    if seen is not None and sampling.repetition_penalty != 1.0:
+        logits = penalise_seen(logits.float(), seen, sampling.repetition_penalty)
+    return logits.argmax(dim=-1)

@@ -92,6 +92,7 @@ def stream_text(
     stop: Sequence[str] = (),
     seed: int | None = None,
     opening: Sequence[int] | None = None,
+    state_dtype: torch.dtype | None = None,
 ) -> Iterator[str]:
     """Continues a text, piece by piece.
 
@@ -108,6 +109,7 @@ def stream_text(
         stop: strings that end the text; they are not part of it.
         seed: equal seeds write equal texts on one device.
         opening: ids before the prompt; None takes those that the model was trained with.
+        state_dtype: in which states are kept from token to token, as in `dualscan.generate.engine.generate`.
 
     Yields:
         Non-empty pieces of text that join to the continuation, without the prompt.
@@ -124,6 +126,7 @@ def stream_text(
         sampling=sampling,
         stop_ids=(tokenizer.eos_id,),
         seed=seed,
+        state_dtype=state_dtype,
     )
     for token in tokens:
         if token.item() == tokenizer.eos_id:

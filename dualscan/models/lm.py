@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dualscan.models.config import ModelConfig
 from dualscan.models.layers import blocks
 from dualscan.nn import init
-from dualscan.nn.block import read_blocks, step_blocks
+from dualscan.nn.block import keep_in, read_blocks, step_blocks
 from dualscan.nn.hybrid.shared import SharedBlock
 from dualscan.nn.norm import RMSNorm, add_and_norm, project_normed
 from dualscan.nn.precision import apply_linear, is_plain_linear, project
@@ -84,6 +84,7 @@ class MambaLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int = 0,
         reuse_state: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> LMOutput:
         """Logits of the next token, and the state after the last one.
 
@@ -94,17 +95,20 @@ class MambaLM(nn.Module):
             logits_to_keep: computes only the last so many positions' logits; 0 computes all.
             reuse_state: the next state may take the place of `state` in memory, which must not be used any more;
                 saves a decoding step a third of the state's traffic.
+            state_dtype: of the SSM states of Mamba-2 layers that are returned, float32 or bfloat16; None leaves each
+                as it is: float32 at the start, later like the given one. Layers compute with float32 all the same.
 
         Returns:
             `LMOutput(logits, state)`.
 
         Raises:
-            ValueError: tokens of a wrong rank or, on a CPU, out of range; or a state of another model.
+            ValueError: tokens of a wrong rank or, on a CPU, out of range; a state of another model, or another
+                `state_dtype`.
             TypeError: tokens that are not integers.
         """
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative; 0 keeps all.")
-        h, waiting, state = self._read(tokens, state, cu_seqlens, reuse_state)
+        h, waiting, state = self._read(tokens, state, cu_seqlens, reuse_state, state_dtype)
         if logits_to_keep:
             h, waiting = h[:, -logits_to_keep:], waiting if waiting is None else waiting[:, -logits_to_keep:]
         logits = None
@@ -119,13 +123,19 @@ class MambaLM(nn.Module):
         state: tuple[Any, ...] | None = None,
         cu_seqlens: Tensor | None = None,
         reuse_state: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """The hidden states `(batch, seqlen, d_model)` that the output projection takes, and the state."""
-        h, waiting, state = self._read(tokens, state, cu_seqlens, reuse_state)
+        h, waiting, state = self._read(tokens, state, cu_seqlens, reuse_state, state_dtype)
         return self._finish(h, waiting), state
 
     def _read(
-        self, tokens: Tensor, state: tuple[Any, ...] | None, cu_seqlens: Tensor | None, reuse_state: bool
+        self,
+        tokens: Tensor,
+        state: tuple[Any, ...] | None,
+        cu_seqlens: Tensor | None,
+        reuse_state: bool,
+        state_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
         """The residual stream after the last layer, what is still to be added to it (None: nothing), and the state."""
         if tokens.ndim != 2:
@@ -143,9 +153,10 @@ class MambaLM(nn.Module):
         if "S" in self.config.pattern:
             layers = [partial(b, embedding=h) if isinstance(b, SharedBlock) else b for b in layers]
         if state is not None and cu_seqlens is None and tokens.shape[1] == 1 and layers is self.layers:
-            h, state = step_blocks(self.layers, h, state, reuse_state=reuse_state)
+            h, state = step_blocks(self.layers, h, keep_in(state_dtype, state), reuse_state=reuse_state)
             return h, None, state
-        return read_blocks(layers, h, (None,) * len(layers) if state is None else state, cu_seqlens)
+        states = (None,) * len(layers) if state is None else state
+        return read_blocks(layers, h, states, cu_seqlens, state_dtype)
 
     def _finish(self, h: Tensor, waiting: Tensor | None = None) -> Tensor:
         dtype, scale = self.output_weight.dtype, self.config.logits_scale

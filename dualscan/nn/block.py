@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from dualscan.nn.mamba2 import Mamba2, Mamba2State, needs_operators
@@ -115,8 +116,33 @@ def set_recompute(model: nn.Module, recompute: Recompute) -> None:
             module.recompute = "none" if recompute == "block" else recompute
 
 
+def keep_in(dtype: torch.dtype | None, state: Any) -> Any:
+    """Any states, with the SSM states of Mamba-2 layers in `dtype`; None leaves all as they are.
+
+    The states of convolutions are inputs as they came, and those of other layers stay as they are too.
+
+    Raises:
+        ValueError: another dtype than float32 and bfloat16.
+    """
+    if dtype is None:
+        return state
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"state_dtype={dtype}; SSM states are kept in torch.float32 or torch.bfloat16.")
+    if type(state) is StepStates:
+        state = tuple(state)
+
+    def keep(node: Any) -> Any:
+        return node._replace(ssm=node.ssm.to(dtype)) if isinstance(node, Mamba2State) else node
+
+    return pytree.tree_map(keep, state, is_leaf=lambda node: isinstance(node, Mamba2State))
+
+
 def read_blocks(
-    blocks: Iterable[Any], h: Tensor, states: Sequence[Any], cu_seqlens: Tensor | None
+    blocks: Iterable[Any],
+    h: Tensor,
+    states: Sequence[Any],
+    cu_seqlens: Tensor | None,
+    state_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
     """A sequence through the blocks of a model; on a GPU a block's output waits for the next norm, which adds it.
 
@@ -125,6 +151,7 @@ def read_blocks(
         h: `(batch, seqlen, d_model)`, the residual stream.
         states: one a block.
         cu_seqlens: as in `Block.forward`.
+        state_dtype: as in `keep_in`, for the next states.
 
     Returns:
         The residual stream, what is still to be added to it (None: nothing), and the next states.
@@ -136,7 +163,7 @@ def read_blocks(
         else:
             h, waiting = h if waiting is None else h + waiting, None
             h, state = block(h, state, cu_seqlens)
-        after.append(state)
+        after.append(keep_in(state_dtype, state))
     return h, waiting, tuple(after)
 
 
@@ -196,7 +223,7 @@ def _step_in_place(
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """A step of a whole model that may reuse the states, which know where they are from the second one on."""
     if type(states) is StepStates and states.plan is plan and states[0].ssm.shape[0] == h.shape[0]:
-        return plan.run(h[:, 0], states.table).unsqueeze(1), states
+        return plan.run(h[:, 0], states.table, states[0].ssm.dtype).unsqueeze(1), states
     stepped = plan.step(h[:, 0], states, reuse_state=True)
     if stepped is None:
         return _step_run(blocks, None, h, states)
@@ -218,7 +245,6 @@ def _runs_on_gpu(blocks: nn.ModuleList, h: Tensor) -> bool:
 def _step_on_gpu(blocks: Iterable[Any], h: Tensor, states: Sequence[Any]) -> tuple[Tensor, tuple[Any, ...]]:
     """A step that changes the states of Mamba-2 blocks where they are; a block's output waits for the next norm."""
     from dualscan.ops.decode import triton_step
-    from dualscan.ops.norm import triton_add_norm
 
     stream, waiting, after = h[:, 0], None, []
     for block, state in zip(blocks, states, strict=True):
@@ -226,16 +252,14 @@ def _step_on_gpu(blocks: Iterable[Any], h: Tensor, states: Sequence[Any]) -> tup
             layer, sizes = describe(block.mixer, block.norm)
             dtype = layer.in_weight.dtype
             conv, ssm = state.conv.to(dtype).transpose(1, 2).contiguous().transpose(1, 2), state.ssm.contiguous()
-            total, u = triton_add_norm.forward(stream, waiting, block.norm.weight, sizes.before_eps, dtype)
-            stream = stream if waiting is None else total
-            waiting = triton_step.mix(u, layer, sizes, conv, ssm)
+            stream, waiting = triton_step.step(stream, waiting, layer, sizes, conv, ssm)
             after.append(Mamba2State(conv, ssm))
         else:
-            stream = stream if waiting is None else stream + waiting
+            stream = triton_step.settle(stream, waiting)
             (h, state), waiting = block(stream.unsqueeze(1), state), None
             stream = h[:, 0]
             after.append(state)
-    return (stream if waiting is None else stream + waiting).unsqueeze(1), tuple(after)
+    return triton_step.settle(stream, waiting).unsqueeze(1), tuple(after)
 
 
 def _step_run(

@@ -29,7 +29,7 @@ class Mamba2State(NamedTuple):
 
     Attributes:
         conv: `(batch or nseq, channels, d_conv - 1)`, the last inputs of the convolution, of x, B and C.
-        ssm: `(batch or nseq, nheads, headdim, state_width)`, float32.
+        ssm: `(batch or nseq, nheads, headdim, state_width)`, float32; where it is bfloat16, the next one is too.
     """
 
     conv: Tensor
@@ -185,6 +185,9 @@ class Mamba2(Float32Parameters):
             _check_batch(u, state)
             y, *after = mamba2_step(self, u, *state)
             return y, Mamba2State(*after)
+        if state is not None and state.ssm.dtype == torch.bfloat16:  # kept, not computed with
+            y, wide = self.forward(u, state._replace(ssm=state.ssm.float()), cu_seqlens)
+            return y, wide._replace(ssm=wide.ssm.to(torch.bfloat16))
         if self.recompute == "block" and torch.is_grad_enabled():
             return checkpoint(self._sequence, u, state, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
         return self._sequence(u, state, cu_seqlens)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualscan.ops import decode
+from dualscan.ops._autograd import unwatched
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -63,6 +64,8 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, by a kernel of its own where there are few rows on a CPU.
 
+    In a training step under `torch.autocast` on a GPU the weight's gradient is float32 from the start: see `Product`.
+
     A one-token decode step is bound by reading the weights, and a general matrix product packs its operands first.
     Without Numba a single row takes the matrix-vector product, which reads bfloat16 at about twice the rate.
 
@@ -74,6 +77,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         `(..., out)`.
     """
+    if x.is_cuda and _trains_under_autocast(x, weight, bias):
+        return Product.apply(x, weight)
     if x.numel() > decode.MOST_ROWS * x.shape[-1] or x.device.type != "cpu" or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
@@ -87,3 +92,33 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         y = y + bias
     return y.view(*x.shape[:-1], -1)
+
+
+def _trains_under_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if bias is not None or weight.dtype != torch.float32 or not (torch.is_grad_enabled() and weight.requires_grad):
+        return False
+    if not torch.is_autocast_enabled("cuda") or x.dtype not in LOW_PRECISION:
+        return False
+    return x.dtype == torch.get_autocast_dtype("cuda") and unwatched((x, weight))
+
+
+class Product(torch.autograd.Function):
+    """`x weightᵀ` in the low dtype of x, with a float32 weight whose gradient keeps the product's float32 sums.
+
+    Autocast casts the weight, and so rounds the gradient and casts that: a pass over it more, and an error.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        low = weight.to(x.dtype)
+        ctx.save_for_backward(x, low)
+        return F.linear(x, low)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None]:
+        (dy,), (x, low) = grad_outputs, ctx.saved_tensors
+        dx = dy @ low if ctx.needs_input_grad[0] else None
+        rows, inputs = dy.flatten(0, -2).t(), x.flatten(0, -2)
+        if not rows.is_cuda or torch.is_grad_enabled():  # sums of a low dtype's product exist on a GPU only
+            return dx, rows.float() @ inputs.float()
+        return dx, torch.mm(rows, inputs, out_dtype=torch.float32)

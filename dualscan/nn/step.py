@@ -34,7 +34,7 @@ def mamba2_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[
         mixer: the layer.
         u: `(batch, 1, d_model)`.
         conv: `(batch, channels, d_conv - 1)`, fastest when time-major in memory.
-        ssm: `(batch, nheads, headdim, d_state)` float32 (float64 in a float64 model).
+        ssm: `(batch, nheads, headdim, d_state)` float32 (float64 in a float64 model), or bfloat16: kept in that alone.
 
     Returns:
         y `(batch, 1, d_model)` and the next conv and ssm states; the given ones are not modified.
@@ -121,6 +121,7 @@ def describe(mixer: "Mamba2", before: "RMSNorm | None") -> tuple[decode.Paramete
 def _portable_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same in PyTorch operations: the specification of the kernel."""
     batch, groups = u.shape[0], u.shape[0] * mixer.ngroups
+    kept, ssm = ssm.dtype, ssm.to(torch.promote_types(ssm.dtype, torch.float32))
     zxbcdt = project(u[:, 0], mixer.in_proj.weight, mixer.in_proj.bias)
     z, xBC, dt = zxbcdt.split([mixer.d_inner, mixer.conv1d.in_channels, mixer.nheads], dim=-1)
 
@@ -145,7 +146,7 @@ def _portable_step(mixer: "Mamba2", u: Tensor, conv: Tensor, ssm: Tensor) -> tup
 
     y = _gated_norm(mixer, y, F.silu(z.to(ssm.dtype)))
     y = project(y.to(u.dtype), mixer.out_proj.weight, mixer.out_proj.bias)
-    return y.unsqueeze(1), window[:, 1:].transpose(1, 2), ssm
+    return y.unsqueeze(1), window[:, 1:].transpose(1, 2), ssm.to(kept)
 
 
 def _gated_norm(mixer: "Mamba2", y: Tensor, gate: Tensor) -> Tensor:

@@ -87,6 +87,8 @@ def test_generate_streams_the_same_text_for_a_seed(command, run):
     assert command("generate", run, *options)[1] == first
     assert command("generate", checkpoint.find(run), *options)[1] == first
     assert command("generate", run, *options[:-1], 6)[1] != first
+    assert command("generate", run, *options, "--state-dtype", "fp32")[1] == first
+    assert command("generate", run, *options, "--state-dtype", "bf16")[0] == 0
 
 
 def test_generate_stops_at_a_string(command, run):

@@ -1,5 +1,8 @@
 """Decoding replayed from a CUDA graph gives what decoding step by step gives."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,15 +12,17 @@ from dualscan.generate.graph import Stepper
 from dualscan.generate.sampling import Sampling
 from dualscan.models.config import ModelConfig
 from dualscan.models.lm import MambaLM
+from dualscan.nn.block import keep_in
+from tests.oracle import assert_close
 
 GREEDY = Sampling(temperature=0)
 
 
-def model(pattern: str, device: str) -> MambaLM:
+def model(pattern: str, device: str, **sizes: Any) -> MambaLM:
     """With an output projection of its own: the embedding makes a token the likeliest to follow itself."""
     torch.manual_seed(1)
-    sizes = {"d_model": 64, "vocab_size": 37, "d_state": 16, "headdim": 16}
-    return MambaLM(ModelConfig(pattern=pattern, tie_embeddings=False, **sizes)).to(device)
+    sizes = {"d_model": 64, "vocab_size": 37, "d_state": 16, "headdim": 16, "tie_embeddings": False} | sizes
+    return MambaLM(ModelConfig(pattern=pattern, **sizes)).to(device)
 
 
 def test_a_cpu_records_nothing() -> None:
@@ -62,3 +67,25 @@ def test_two_generations_side_by_side() -> None:
     pairs = zip(*(stream(lm, prompt, max_tokens=30, sampling=GREEDY) for prompt in (one, two)), strict=True)
     for place, pair in enumerate(pairs):
         assert [int(token) for token in pair] == [int(tokens[place]) for tokens in expected]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 32, 33])
+@pytest.mark.parametrize(
+    ("pattern", "options"), [("MMM", {"tie_embeddings": True}), ("M-MM", {"ngroups": 2, "norm_groups": 1})], ids=str
+)
+@torch.inference_mode()
+def test_replayed_steps_are_exact(pattern: str, options: dict[str, Any], batch: int, state_dtype: torch.dtype) -> None:
+    """Of sizes that the form of four launches takes, but for 33 rows, after packed prompts."""
+    lm = model(pattern, "cuda", d_model=256, headdim=64, **options).bfloat16()
+    exact = copy.deepcopy(lm).double()
+    prompts = [torch.randint(0, 37, (1 + row % 7,)) for row in range(batch)]
+    _, state = prefill(lm, prompts, state_dtype=state_dtype)
+    stepper = Stepper(lm, state, 100)
+    wide = keep_in(torch.float32, copy.deepcopy(state))
+    for token in torch.randint(0, 37, (10, batch), device="cuda"):
+        logits = stepper(token)
+        expected, wide = exact(token[:, None], state=wide)
+    assert stepper.recorded
+    assert_close("logits", logits, expected[:, -1], dtype=torch.bfloat16)

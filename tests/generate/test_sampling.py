@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from dualscan.generate.sampling import (
     Sampling,
+    _race,
+    choose,
     distribution,
     draw,
     keep_min_p,
@@ -107,6 +109,24 @@ def test_draw_follows_the_probabilities_and_the_seed():
     assert counts[1] == 0
     # Six standard deviations of a fair coin thrown 4000 times.
     assert abs(counts[0].item() - 2000) < 6 * math.sqrt(4000 * 0.25)
+
+
+def test_the_race_of_a_gpu_draws_what_multinomial_draws():
+    probabilities = torch.rand(50, 301).softmax(-1)
+    probabilities[:, ::3] = 0
+    seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
+    assert torch.equal(_race(probabilities, seeds[0]), torch.multinomial(probabilities, 1, generator=seeds[1])[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_choosing_is_drawing_from_the_distribution(dtype, penalty):
+    logits = torch.randn(40, 30).to(dtype)  # in bfloat16 some rows have equals at the top
+    seen = torch.rand(40, 30) < 0.3
+    for temperature in (0.0, 0.7):
+        sampling = Sampling(temperature=temperature, repetition_penalty=penalty)
+        expected = draw(distribution(logits, sampling, seen), torch.Generator().manual_seed(5))
+        assert torch.equal(choose(logits, sampling, seen, torch.Generator().manual_seed(5)), expected)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class Script(torch.nn.Module):
         self.ids = [*text.encode(), ByteTokenizer.eos_id]
         self.anchor = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, tokens, *, state=None, logits_to_keep=0, reuse_state=False):
+    def forward(self, tokens, *, state=None, logits_to_keep=0, reuse_state=False, state_dtype=None):
         position = 0 if state is None else state + 1
         logits = torch.full((1, 1, 272), -30.0)
         logits[0, 0, self.ids[position]] = 30.0

@@ -12,7 +12,7 @@ from dualscan.nn.attention import Attention
 from dualscan.nn.mamba import Mamba
 from dualscan.nn.mamba2 import Mamba2
 from dualscan.nn.mlp import MLP
-from dualscan.nn.precision import Float32Parameters, apply_linear, project
+from dualscan.nn.precision import Float32Parameters, Product, apply_linear, project
 from tests.oracle import assert_close
 
 EXACT = ("A_log", "dt_bias", "D", "norm.weight")
@@ -179,3 +179,17 @@ def test_hooks_of_a_projection_run() -> None:
         expected = 2 * projection(x)
         projection.register_forward_hook(lambda module, args, out: 2 * out)
         assert torch.equal(apply_linear(projection, x), expected)
+
+
+def test_the_product_of_training_is_the_linear_map():
+    """The gradient of the float32 weight is of the rounded operands, and itself not rounded."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8).bfloat16().requires_grad_()
+    weight = torch.randn(5, 8, requires_grad=True)
+    dy = torch.randn(2, 3, 5).bfloat16()
+    y = Product.apply(x, weight)
+    assert torch.equal(y, F.linear(x, weight.bfloat16()))
+    dx, dweight = torch.autograd.grad(y, (x, weight), dy)
+    assert dweight.dtype == torch.float32
+    torch.testing.assert_close(dweight, dy.double().flatten(0, 1).t().mm(x.double().flatten(0, 1)).float())
+    torch.testing.assert_close(dx, (dy.double() @ weight.bfloat16().double()).bfloat16())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 4
 
 # Of one layer: the convolution's `(batch, channels, d_conv - 1)` in any strides, best time-major, and the
-# `(batch, nheads, headdim, d_state)` float32 of SSD.
+# `(batch, nheads, headdim, d_state)` of SSD, float32 or, kept in half the bytes, bfloat16.
 State = tuple[Tensor, Tensor]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dualscan.ops._numba import vector
 from dualscan.ops._numba.launch import workers_for
 from dualscan.ops._numba.product import DOT_ROWS, multiply_vectors
-from dualscan.ops._numba.vector import ZERO, Kernel, at, barrier, device_function, like, load, share
+from dualscan.ops._numba.vector import ZERO, Kernel, at, barrier, device_function, like, load, share, store
 from dualscan.ops.decode import MOST_ROWS, Parameters, Sizes, State
 
 # What the kernel finds of a layer in the table of its plan: the addresses of `Parameters`, then those of the states,
@@ -61,15 +61,17 @@ class Plan:
         batch = u.shape[0]
         if batch > MOST_ROWS or not all(self._takes(batch, *state) for state in states):
             return None
+        if any(ssm.dtype != states[0][1].dtype for _, ssm in states):
+            return None
         table, after = self.prepare(states, reuse_state)
-        return self.run(u, table), after
+        return self.run(u, table, states[0][1].dtype), after
 
     def _takes(self, batch: int, conv: Tensor, ssm: Tensor) -> bool:
         return (
             conv.shape == (batch, self.channels, self.halo)
             and ssm.shape == (batch, self.nheads, self.headdim, self.d_state)
             and conv.dtype == self.dtype
-            and ssm.dtype == torch.float32
+            and ssm.dtype in (torch.float32, torch.bfloat16)
             and ssm.is_contiguous()
         )
 
@@ -93,8 +95,8 @@ class Plan:
             after.append((conv_after, ssm_after))
         return table, after
 
-    def run(self, u: Tensor, table: Table) -> Tensor:
-        """One launch: the output of the last layer, `(batch, d_model)` float32."""
+    def run(self, u: Tensor, table: Table, state_dtype: torch.dtype) -> Tensor:
+        """One launch with SSM states of one dtype: the output of the last layer, `(batch, d_model)` float32."""
         u, sizes = u.float().contiguous(), self.sizes
         batch = u.shape[0]
         workers = torch.get_num_threads()
@@ -103,7 +105,7 @@ class Plan:
         y = torch.empty(u.shape, dtype=torch.float32)
         projected = torch.empty(batch * self.d_projected, dtype=self.dtype)
         scratch = torch.empty(batch * (self.d_inner + self.d_model) + workers * private, dtype=torch.float32)
-        _STEP[self.dtype](
+        _STEP[self.dtype, state_dtype](
             *(u, y, ctypes.addressof(table), self.count, batch, self.d_model, self.d_projected, self.channels),
             *(self.halo, self.nheads, self.headdim, sizes.ngroups, self.d_state, sizes.norm_groups),
             *(sizes.norm_before_gate, self.constants, projected, scratch, private),
@@ -186,19 +188,19 @@ def _advance(old, now, in_place, rows, d_state, decay, size, x, B, C, D, y):
         scaled, total, line, target = x[i] * size, ZERO, at(old, i * d_state), at(now, i * d_state)
         if in_place:  # the compiler must see one pointer, else it takes care that two may overlap
             for j in range(d_state):
-                value = target[j] * decay + scaled * B[j]
-                target[j] = value
+                value = load(target, j) * decay + scaled * B[j]
+                store(target, j, value)
                 total += value * C[j]
         else:
             for j in range(d_state):
-                value = line[j] * decay + scaled * B[j]
-                target[j] = value
+                value = load(line, j) * decay + scaled * B[j]
+                store(target, j, value)
                 total += value * C[j]
         y[i] = total + D * x[i]
 
 
 @device_function
-def _layer(p, q, u, y, projected):
+def _layer(p, q, u, y, projected, state_like):
     """`y` = the mixer's output for `u`; with a norm before the mixer, y = u + mixer(norm(u)), and y may be u."""
     batch, d_model, d_projected, channels, halo = p[6], p[7], p[8], p[9], p[10]
     nheads, headdim, ngroups, d_state, norm_groups, norm_first = p[11], p[12], p[13], p[14], p[15], p[16] != 0
@@ -242,7 +244,7 @@ def _layer(p, q, u, y, projected):
             decay = np.float32(np.exp(-np.exp(np.float64(A_log[head])) * np.float64(size)))
             B = at(BC, head // (nheads // ngroups) * d_state)
             place, out = (b * nheads + head) * headdim * d_state, at(gated, b * d_inner + begin)
-            old, now = at(vector.float32(ssm), place), at(vector.float32(ssm_after), place)
+            old, now = at(like(state_like, ssm), place), at(like(state_like, ssm_after), place)
             _advance(old, now, ssm == ssm_after, headdim, d_state, decay, size, x, B, at(B, groups), D[head], out)
             if not norm_first:
                 for i in range(headdim):
@@ -274,12 +276,12 @@ def _layer(p, q, u, y, projected):
 
 
 @device_function
-def _step(p, projected):
+def _step(p, projected, state_like):
     u, y, table = vector.float32(p[2]), vector.float32(p[3]), vector.int64(p[4])
     for i in range(p[5]):
         if i > 0:
             barrier()
-        _layer(p, at(table, i * _FIELDS), y if i > 0 else u, y, projected)
+        _layer(p, at(table, i * _FIELDS), y if i > 0 else u, y, projected, state_like)
 
 
 def _project_float32(p):
@@ -291,12 +293,26 @@ def _project_bfloat16(p):
 
 
 def _step_float32(p):
-    _step(p, vector.float32(p[18]))
+    _step(p, vector.float32(p[18]), vector.float32(p[18]))
 
 
 def _step_bfloat16(p):
-    _step(p, vector.bfloat16(p[18]))
+    _step(p, vector.bfloat16(p[18]), vector.float32(p[18]))
 
 
-_STEP = {torch.float32: Kernel(_step_float32), torch.bfloat16: Kernel(_step_bfloat16)}
+def _step_float32_short(p):
+    _step(p, vector.float32(p[18]), vector.bfloat16(p[18]))
+
+
+def _step_bfloat16_short(p):
+    _step(p, vector.bfloat16(p[18]), vector.bfloat16(p[18]))
+
+
+# By the dtypes of the matrices and of the states.
+_STEP = {
+    (torch.float32, torch.float32): Kernel(_step_float32),
+    (torch.bfloat16, torch.float32): Kernel(_step_bfloat16),
+    (torch.float32, torch.bfloat16): Kernel(_step_float32_short),
+    (torch.bfloat16, torch.bfloat16): Kernel(_step_bfloat16_short),
+}
 _PROJECT = {torch.float32: Kernel(_project_float32), torch.bfloat16: Kernel(_project_bfloat16)}

@@ -1,17 +1,56 @@
-"""Decoding on a GPU: one token through a Mamba-2 layer in six launches, with the states changed where they are.
+"""Decoding on a GPU: one token through the blocks of a model, with the states changed where they are.
 
-All are the operators' own kernels; the sixth is the norm in front, which adds the layer before to the residual stream
-on the way (`ops/norm/triton_add_norm.py`, called by `nn/block.py`). Nothing here looks at the values or at the host's
-clock, so that the steps of a whole model can be captured in one CUDA graph.
+A Mamba-2 block is four launches where `triton_fused` takes it, and else six, of the operators' own kernels: the norm,
+which adds the layer before to the residual stream on the way, the projections, and between them convolution, state and
+gated norm. Nothing here looks at the values or at the host's clock, so that the steps of a whole model can be captured
+in one CUDA graph.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from dualscan.ops.conv1d import triton_conv1d
-from dualscan.ops.decode import Parameters, Sizes
-from dualscan.ops.norm import triton_norm
+from dualscan.ops.decode import Parameters, Sizes, triton_fused
+from dualscan.ops.norm import triton_add_norm, triton_norm
 from dualscan.ops.ssd import triton_scan
+
+# A block's output until the next norm adds it to the residual stream.
+Waiting = Tensor | triton_fused.Pieces | None
+
+
+def step(
+    stream: Tensor, waiting: Waiting, layer: Parameters, sizes: Sizes, conv: Tensor, ssm: Tensor
+) -> tuple[Tensor, Waiting]:
+    """One token through a block, h + mixer(norm(h)) with h = stream + waiting.
+
+    Args:
+        stream: `(batch, d_model)` float32.
+        waiting: what is still to be added to it; None: nothing.
+        layer: the parameters of the mixer and of the norm before it.
+        sizes: what these do not tell.
+        conv: `(batch, channels, d_conv - 1)` in the matrices' dtype, time-major in memory; modified.
+        ssm: `(batch, nheads, headdim, d_state)`, contiguous; modified.
+
+    Returns:
+        h, and what is to be added to it.
+    """
+    norm, eps, dtype = layer.before, sizes.before_eps, layer.in_weight.dtype
+    assert norm is not None
+    if isinstance(waiting, triton_fused.Pieces):
+        stream, u = triton_fused.add(stream, waiting, norm, eps, dtype)
+        assert u is not None
+    else:
+        total, u = triton_add_norm.forward(stream, waiting, norm, eps, dtype)
+        stream = stream if waiting is None else total
+    take = triton_fused.mix if triton_fused.takes(layer, sizes, conv, ssm) else mix
+    return stream, take(u, layer, sizes, conv, ssm)
+
+
+def settle(stream: Tensor, waiting: Waiting) -> Tensor:
+    """`stream + waiting`."""
+    if isinstance(waiting, triton_fused.Pieces):
+        return triton_fused.add(stream, waiting)[0]
+    return stream if waiting is None else stream + waiting
 
 
 def mix(u: Tensor, layer: Parameters, sizes: Sizes, conv: Tensor, ssm: Tensor) -> Tensor:
@@ -21,8 +60,8 @@ def mix(u: Tensor, layer: Parameters, sizes: Sizes, conv: Tensor, ssm: Tensor) -
         u: `(batch, d_model)` in the matrices' dtype.
         layer: its parameters.
         sizes: what these do not tell.
-        conv: `(batch, channels, d_conv - 1)` in u's dtype, time-major in memory; modified.
-        ssm: `(batch, nheads, headdim, d_state)`, contiguous; modified.
+        conv: as in `step`.
+        ssm: as in `step`.
 
     Returns:
         `(batch, d_model)` like u.

@@ -80,6 +80,31 @@ def test_in_place_step_equals_operators(variant: str, dtype: torch.dtype, batch:
             assert_close(name, ours, getattr(state64, name).cpu(), dtype=dtype, yardstick=theirs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_states_in_bfloat16_are_computed_with_in_float32(dtype: torch.dtype) -> None:
+    blocks, _ = stack(dtype)
+    states: list[Any] = []
+    for block in blocks:
+        mixer: Any = block.mixer
+        if isinstance(mixer, MLP):
+            states.append(None)
+            continue
+        conv = torch.randn(2, mixer.d_conv - 1, mixer.conv1d.in_channels, device=DEVICE).to(dtype).transpose(1, 2)
+        ssm = torch.randn(2, mixer.nheads, mixer.headdim, mixer.d_state, device=DEVICE).bfloat16()
+        states.append(Mamba2State(conv, ssm))
+    h = torch.randn(2, 1, 24, device=DEVICE)
+    wide, wide_after = in_place(blocks, h, block_module.keep_in(torch.float32, copy.deepcopy(states)))
+    got, after = in_place(blocks, h, states)
+    assert torch.equal(got, wide)
+    for old, new, exact in zip(states, after, wide_after, strict=True):
+        if new is not None:
+            assert new.ssm is old.ssm
+            # To nearest on a GPU; the interpreter cuts.
+            rounding = torch.finfo(torch.bfloat16).eps * (0.5 if CUDA else 1) * exact.ssm.abs()
+            assert ((new.ssm.float() - exact.ssm).abs() <= rounding).all()
+
+
 @torch.no_grad()
 def test_states_in_another_order_are_copied() -> None:
     blocks, _ = stack(torch.float32)
@@ -99,3 +124,24 @@ def test_states_in_another_order_are_copied() -> None:
     assert_close("h", got.cpu(), expected.double().cpu(), dtype=torch.float32)
     assert after[0].conv.transpose(1, 2).is_contiguous()
     assert after[0].ssm.is_contiguous()
+
+
+@torch.no_grad()
+def test_a_model_takes_the_short_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dualscan.ops.decode import triton_fused
+
+    monkeypatch.setattr(triton_fused, "DTYPES", (torch.bfloat16 if CUDA else torch.float32,))
+    taken, mix = [], triton_fused.mix
+    monkeypatch.setattr(triton_fused, "mix", lambda *args: taken.append(mix(*args)) or taken[-1])
+    mixers = [Mamba2(128, d_inner=512, headdim=128, d_state=16), MLP(128, 40), Mamba2(128, d_inner=512, headdim=128)]
+    blocks = torch.nn.ModuleList(Block(128, mixer) for mixer in mixers).to(DEVICE, triton_fused.DTYPES[0])
+    h, states = torch.randn(2, 1, 128, device=DEVICE), []
+    for block in blocks:
+        states.append(None if isinstance(block.mixer, MLP) else block(h)[1])
+    expected = h
+    for block, state in zip(blocks, copy.deepcopy(states), strict=True):
+        expected, _ = block(expected, state)
+    got, after = in_place(blocks, h, states)
+    assert len(taken) == 2
+    assert_close("h", got.cpu(), expected.double().cpu(), dtype=triton_fused.DTYPES[0])
+    assert [new.ssm is old.ssm for new, old in zip(after, states, strict=True) if old is not None] == [True] * 2
