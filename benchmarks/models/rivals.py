@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.ops.ssd import rival_package, tune_briefly
+from benchmarks.ahead import tune_briefly
+from benchmarks.ops.ssd import rival_package
 from dualscan.models.lm import MambaLM
 from dualscan.nn.mamba2 import Mamba2
 
@@ -51,6 +52,14 @@ def layer(ours: Mamba2) -> nn.Module:
     return other
 
 
+def language_model() -> tuple[Any, Any]:
+    """The class of its language model, and of that one's configuration; the first call takes seconds."""
+    from mamba_ssm.models.config_mamba import MambaConfig  # pyrefly: ignore[missing-import]
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel  # pyrefly: ignore[missing-import]
+
+    return MambaLMHeadModel, MambaConfig
+
+
 class Model(nn.Module):
     """Its language model behind the part of `MambaLM` that a training step uses.
 
@@ -60,13 +69,11 @@ class Model(nn.Module):
 
     def __init__(self, ours: MambaLM) -> None:
         super().__init__()
-        from mamba_ssm.models.config_mamba import MambaConfig  # pyrefly: ignore[missing-import]
-        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel  # pyrefly: ignore[missing-import]
-
+        make_model, make_config = language_model()
         config = ours.config
         mixer = {"d_state": config.d_state, "headdim": config.headdim, "ngroups": config.ngroups}
-        self.model = MambaLMHeadModel(
-            MambaConfig(
+        self.model = make_model(
+            make_config(
                 d_model=config.d_model,
                 n_layer=config.n_layers,
                 vocab_size=config.padded_vocab_size,

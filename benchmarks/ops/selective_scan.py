@@ -10,8 +10,6 @@ kernel, where it was built. On a CPU: layers of Mamba-130M against the PyTorch p
 
 import argparse
 import importlib.util
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -19,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import block, common
-from benchmarks.ops.ssd import ROOT, ceilings, peak, rival_package
+from benchmarks import ahead, block, common
+from benchmarks.ops.ssd import ceilings, peak, rival_package
 from dualscan.ops.selective_scan import selective_scan
 from dualscan.ops.ssd import ssd
 
@@ -37,7 +35,7 @@ GPU_SHAPES = {
 # The backward of the PyTorch path takes a time that is quadratic in the length: minutes at 2048 tokens.
 LONGEST_RIVAL_BACKWARD = 128
 HEADDIM = 64
-CHECKED = 64
+CHECKED, CHECKED_ON_GPU = 64, (2, 300, 256)
 Inputs = dict[str, Tensor]
 Run = Callable[[Inputs], Tensor]
 Order = Callable[[Inputs], Inputs]
@@ -161,7 +159,7 @@ def scans() -> dict[str, tuple[Order, Run]]:
 
 def errors(d_state: int) -> dict[str, dict[str, float]]:
     """Relative RMS errors of results and gradients against float64, on a few channels and tokens."""
-    t = inputs(2, 300, 256, d_state, "cuda", torch.bfloat16)
+    t = inputs(*CHECKED_ON_GPU, d_state, "cuda", torch.bfloat16)
     t = leaves({**t, "dy": torch.randn_like(t["x"])})
 
     def straight(order: Order, run: Run) -> Run:
@@ -227,25 +225,15 @@ def on_gpu(shape: str, repeats: int, bandwidth: float) -> list[dict[str, Any]]:
 
 
 def first_call(name: str, gate: bool, *sizes: int) -> None:
-    """One call, forward and backward, of one of `scans`: what compiles its kernels."""
+    """Calls one of `scans`, with and without gradients: all its kernels."""
     order, run = scans()[name]
     t = inputs(*sizes, device="cuda", dtype=torch.bfloat16)
     t["dy"] = torch.randn_like(t["x"])
     if not gate:
         del t["z"]
-    both_ways(run, leaves(order(t)))
-
-
-def compile_ahead(jobs: Sequence[tuple[Any, ...]]) -> None:
-    """Makes `first_call`s in processes of their own; Triton keeps the kernels on disk.
-
-    Args:
-        jobs: the arguments of each.
-    """
-    code = f"from {__name__} import first_call; first_call"
-    processes = [subprocess.Popen([sys.executable, "-c", f"{code}{job!r}"], cwd=ROOT) for job in jobs]
-    for process in processes:
-        process.wait()
+    t = leaves(order(t))
+    both_ways(run, t)
+    run({key: v.detach() for key, v in t.items() if key != "dy"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -264,7 +252,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         shapes = [shape for shape in args.shapes or SHAPES if shape in SHAPES]
     else:
         shapes = [shape for shape in args.shapes or GPU_SHAPES if shape in GPU_SHAPES]
-        compile_ahead([(name, True, *GPU_SHAPES[shape]) for shape in shapes for name in ("dualscan", "ssd")])
+        sizes = [(name, True, *GPU_SHAPES[shape]) for shape in shapes for name in ("dualscan", "ssd")]
+        checked = [("dualscan", True, *CHECKED_ON_GPU, d_state) for d_state in {GPU_SHAPES[s][3] for s in shapes}]
+        ahead.wait(ahead.start(first_call, [*sizes, *checked]))
         bandwidth = ceilings()[0]
         print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
         measure = partial(on_gpu, repeats=args.repeats, bandwidth=bandwidth)

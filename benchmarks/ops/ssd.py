@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 import types
 from collections.abc import Callable
 from functools import cache, partial
@@ -23,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import common
+from benchmarks import ahead, common
+from benchmarks.ahead import ROOT
 from dualscan.ops.ssd import library, ssd
 from dualscan.ops.varlen import sequence_index
 
@@ -44,7 +46,6 @@ DECODE_BATCHES = (1, 16, 128, 512)
 # Lengths of packed documents, repeated until the batch is full.
 DOCUMENTS = (1731, 64, 517, 3, 902, 1, 2900, 333, 1200, 77)
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias")
-ROOT = Path(__file__).parent.parent.parent
 Inputs = dict[str, Tensor]
 
 
@@ -113,9 +114,11 @@ def gradients(run: Callable[[Inputs], Tensor], t: Inputs) -> dict[str, Tensor]:
 def errors(
     runs: dict[str, Callable[[Inputs], Tensor]], shape: tuple[int, ...], packed: bool
 ) -> dict[str, dict[str, float]]:
-    """Relative RMS errors against float64, on one sequence of at most 2048 tokens and 16 heads of the shape."""
-    _, seqlen, nheads, headdim, ngroups, d_state = shape
-    t = inputs(1, min(seqlen, 2048), min(nheads, 16), headdim, min(ngroups, 16), d_state, packed)
+    """Relative RMS errors against float64, on sequences of at most 2048 tokens and few heads of the shape."""
+    batch, seqlen, nheads, headdim, ngroups, d_state = shape
+    # As divisible as the shape itself, since the rival's kernels are compiled for that.
+    rows, few = min(batch, 2 if batch % 16 else 16), nheads if nheads % 16 else 16
+    t = inputs(rows, min(seqlen, 2048), few, headdim, min(ngroups, 16), d_state, packed)
     exact = {name: v.detach().double().requires_grad_() for name, v in t.items() if v.is_floating_point()}
     oracle = gradients(lambda exact: ours(exact | {k: t[k] for k in t if k not in exact}, impl="chunked"), exact)
     return {
@@ -318,51 +321,17 @@ def first_call() -> list[dict[str, Any]]:
     return records
 
 
-COMPILE = """
-import sys
-from benchmarks.ops import ssd as job
-job.tune_briefly(int(sys.argv[2]))
-t = job.inputs(*job.SHAPES[sys.argv[1]], "packed" in sys.argv[1])
-for run in [job.ours, job.rival] if job.rival_package() else [job.ours]:
-    job.gradients(run, t)
-"""
-# Processes that share the compilation of a family's candidates.
-SHARES = 4
+def both_passes(shape: str) -> None:
+    """Forward and backward of ours and the rival's: all the kernels of a shape."""
+    t = inputs(*SHAPES[shape], "packed" in shape)
+    for run in [ours, rival] if rival_package() else [ours]:
+        gradients(run, t)
 
 
-def tune_briefly(share: int | None = None) -> None:
-    """Lets the rival's kernels, which tune themselves, time each candidate for 30 ms instead of 100.
-
-    With a share only every so many-th candidate is compiled, and hardly timed.
-    """
-    from triton.runtime import autotuner, driver
-    from triton.testing import do_bench
-
-    warmup, rep = (5, 30) if share is None else (1, 1)
-    driver.active.get_benchmarker = lambda: partial(do_bench, warmup=warmup, rep=rep)
-    if share is not None:
-        start = autotuner.Autotuner.__init__
-
-        def take_share(self: Any, *args: Any, **options: Any) -> None:
-            start(self, *args, **options)
-            self.configs = self.configs[share::SHARES] or self.configs[:1]
-
-        autotuner.Autotuner.__init__ = take_share
-
-
-def compile_ahead(shapes: list[str]) -> None:
-    """Compiles the kernels of every family of sizes in processes of their own.
-
-    Triton keeps them on disk. The rival tunes itself, which is minutes of compilation for each family otherwise.
-    """
+def compile_all(shapes: list[str]) -> None:
+    """Compiles the kernels of every family of sizes ahead."""
     families = {(SHAPES[shape][2:], "packed" in shape): shape for shape in reversed(shapes)}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", COMPILE, shape, str(share)], cwd=ROOT)
-        for shape in families.values()
-        for share in range(SHARES if rival_package() else 1)
-    ]
-    for process in processes:
-        process.wait()
+    ahead.wait(ahead.start(both_passes, [(shape,) for shape in families.values()]))
 
 
 def run_tests() -> dict[str, Any]:
@@ -399,8 +368,8 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("the job ssd needs an NVIDIA GPU")
         return 1
-    compile_ahead(args.shapes)
-    tune_briefly()
+    compile_all(args.shapes)
+    ahead.tune_briefly()
     found = [name for name in ("mamba_ssm", "fla") if importlib.util.find_spec(name)]
     print(f"rivals for {sys.executable}: {', '.join(found) or 'none is installed'}")
     tests = [] if args.untested else [run_tests()]
@@ -415,10 +384,14 @@ def main(argv: list[str] | None = None) -> int:
         partial(simple_gla, args.repeats),
         first_call,
     ]
-    records: list[dict[str, Any]] = tests
+    records, failed = list(tests), False
     for part in parts:
-        records += part()
+        try:
+            records += part()
+        except Exception:  # the other measurements are worth having; the exit status tells
+            traceback.print_exc()
+            failed = True
         torch.cuda.empty_cache()
         if args.save:
             common.write(JOB, device, records)
-    return 0
+    return int(failed)

@@ -1,5 +1,8 @@
 """The jobs of whole layers and models run where there is no GPU, and their records say what was measured."""
 
+import argparse
+import copy
+import itertools
 import json
 
 import pytest
@@ -41,6 +44,32 @@ def test_train_step(capsys):
         assert 0 < r["loss"] < 10
         assert "mfu" not in r, "a CPU's peak is not known"
     assert "graph: failed: a CUDA graph needs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("in_turns", [True, False])
+def test_train_step_with_a_rival(in_turns, monkeypatch):
+    """Here the rival is our own model again."""
+    monkeypatch.setattr(train_step.rivals, "Model", copy.deepcopy)
+    monkeypatch.setattr(train_step.rivals, "path", lambda: "as we do")
+    args = argparse.Namespace(device="cpu", tokens=64, steps=1, rounds=2)
+    groups = [["dualscan", train_step.RIVAL]] if in_turns else [["dualscan"], [train_step.RIVAL]]
+    variants = ["plain", "graph", "activations"]
+    seen = [list(train_step.Job("tiny", args, 1e15, impls).measure(32, variants)) for impls in groups]
+    for saved_then, more in itertools.pairwise(records for group in seen for records in group):
+        assert len(more) == len(saved_then) + 1 or not in_turns
+    records = train_step.with_ratios([r for group in seen for r in group[-1]])
+    by_name = {r["impl"]: r for r in records}
+    assert set(by_name) == {*(f"dualscan {kind}" for kind in variants), "mamba_ssm"}
+    assert all(r["in_turns"] is in_turns for r in records)
+    rival = by_name["mamba_ssm"]
+    assert rival["loss"] == by_name["dualscan plain"]["loss"], "both begin with the same weights"
+    assert rival["path"] == "as we do"
+    for kind in ("plain", "activations"):
+        mine = by_name[f"dualscan {kind}"]
+        assert mine["ratio"] == pytest.approx(rival["call_ms"] / mine["call_ms"])
+        assert mine["mfu"] == pytest.approx(mine["flops"] / mine["call_ms"] * 1e3 / train_step.PEAK)
+    assert "needs a CUDA device" in by_name["dualscan graph"]["failed"]
+    assert "ratio" not in by_name["dualscan graph"]
 
 
 def test_train_step_leaves_no_variant_behind():

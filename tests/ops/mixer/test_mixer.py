@@ -178,6 +178,7 @@ def test_the_boundary() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_whoever_watches_sees_the_operators() -> None:
     made = layer(torch.float32)
     zxbcdt = torch.randn(1, 5, made.in_proj.out_features, device=DEVICE, requires_grad=True)
