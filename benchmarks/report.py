@@ -214,7 +214,9 @@ def generate() -> str:
     rows = []
     for r in records:
         times = [_number(r, key, "{:.1f} ms") for key in ("call_ms", "prefill_ms", "step_ms")]
-        rows.append([r["shape"], r["impl"], *times, _number(r, "ratio", "{:.1f}x"), _number(r, "peak_mib", "{:,.0f} MiB")])
+        rows.append(
+            [r["shape"], r["impl"], *times, _number(r, "ratio", "{:.1f}x"), _number(r, "peak_mib", "{:,.0f} MiB")]
+        )
     header = ["", "", "whole call", "prompt", "a token after it", "to transformers", "memory beyond the weights"]
     return markdown(header, rows) + _origin(records)
 
