@@ -121,9 +121,10 @@ def rehearsed(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         nonlocal waiting
-        if waiting and not getattr(_REHEARSAL, "runs", False) and _may_rehearse(args):
+        if waiting and _may_rehearse(args):
             waiting = False
-            _rehearse(launcher, args)
+            if not getattr(_REHEARSAL, "runs", False):  # else this call is part of another's
+                _rehearse(launcher, args)
         return launcher(*args)
 
     return call

@@ -60,8 +60,8 @@ def test_float32_weights(corner: str, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_many_slices(dtype: torch.dtype):
     """More tokens than a slice holds, of which one slice counts none; memory with gaps."""
-    tensors, target, options = problem(shape=(2, 300), vocab=64, dtype=dtype)
-    target[0, 100:180] = -100
+    tensors, target, options = problem(shape=(2, 70), vocab=64, dtype=dtype)
+    target[0, 20:40] = -100
     tensors["x"] *= 0.2
     compare(tensors, target, options, device=DEVICE, impl="triton")
     gaps = {name: t.to(DEVICE).repeat_interleave(2, dim=-1)[..., ::2] for name, t in tensors.items()}
