@@ -20,6 +20,8 @@ CASES: dict[str, dict[str, Any]] = {
     "one chunk": {"seqlen": 64, "d_state": 128},
     "several chunks": {"nheads": 2, "d_state": 128, **EVERYTHING},
     "batch": {"batch": 2, "seqlen": 128},
+    # The gradient kernel's programs take all of them, one after the other, through two slots.
+    "several heads a program": {"nheads": 5, "seqlen": 256, **EVERYTHING},
     "vector D": {"D": "vector", "states": True},
     "groups": {"nheads": 4, "ngroups": 2, "seqlen": 128, **EVERYTHING},
     "two blocks": {"headdim": 128, "seqlen": 128, "D": "vector", "dt_bias": True},
