@@ -197,7 +197,7 @@ class MambaLM(nn.Module):
         ignore_index: int = -100,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> Tensor:
-        """Cross-entropy in nats of the targets, computed in float32.
+        """Cross-entropy in nats of the targets, summed in float32.
 
         Args:
             tokens: `(batch, seqlen)` int64 inputs.
@@ -211,7 +211,7 @@ class MambaLM(nn.Module):
 
         Note:
             More than 2^27 logits (0.5 GB in float32, of which a plain loss keeps several copies) exist for a block of
-            tokens at a time: see `linear_cross_entropy`.
+            tokens at a time, and with gradients in the dtype of the hidden states: see `linear_cross_entropy`.
         """
         hidden, _ = self.hidden_states(tokens, cu_seqlens=cu_seqlens)
         if self._head_is_plain and targets.numel() * self.output_weight.shape[0] > MOST_LOGITS:

@@ -29,26 +29,15 @@ def softmax(
         z_loss: weight of the square of the log-sum-exp.
         label_smoothing: probability that is spread over the vocabulary.
     """
-    tokens, vocab = logits.shape
-    rows = max(PART // vocab, 1) if logits.element_size() == 2 else max(tokens, 1)
-    for first in range(0, tokens, rows):
-        part = slice(first, first + rows)
-        given, wide = logits[part], logits[part].to(accumulation_dtype(logits.dtype))
-        own = None if scale is None else scale[part]
-        _softmax(wide, target[part], own, losses[part], ignore_index, z_loss, label_smoothing)
-        if wide is not given and scale is not None:
-            given.copy_(wide)
-
-
-def _softmax(
-    logits: Tensor,
-    target: Tensor,
-    scale: Tensor | None,
-    losses: Tensor,
-    ignore_index: int,
-    z_loss: float,
-    label_smoothing: float,
-) -> None:
+    if logits.element_size() == 2:
+        rows = max(PART // logits.shape[1], 1)
+        for first in range(0, len(logits), rows):
+            part = slice(first, first + rows)
+            wide, own = logits[part].to(accumulation_dtype(logits.dtype)), None if scale is None else scale[part]
+            softmax(wide, target[part], own, losses[part], ignore_index, z_loss, label_smoothing)
+            if scale is not None:
+                logits[part].copy_(wide)
+        return
     log_sum, ignored = torch.logsumexp(logits, 1), target == ignore_index
     index = target.masked_fill(ignored, 0).unsqueeze(1)
     values = log_sum - (1 - label_smoothing) * logits.gather(1, index).squeeze(1) + z_loss * log_sum.square()

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dualscan.nn.block import Block
-from dualscan.nn.mamba2 import Mamba2, Mamba2State
+from dualscan.nn.mamba2 import Mamba2
 from dualscan.nn.mlp import MLP
 from dualscan.nn.step import describe
+from tests.ops.decode.states import double, start
 from tests.oracle import assert_close
 
 pytest.importorskip("triton")
@@ -66,20 +67,6 @@ def stack(dtype: torch.dtype, *options: dict[str, Any] | None) -> nn.ModuleList:
     return nn.ModuleList(blocks).to(DEVICE, dtype)
 
 
-def start(blocks: nn.ModuleList, dtype: torch.dtype, batch: int, state_dtype: torch.dtype) -> list[Any]:
-    """States as the decoding steps keep them."""
-    states: list[Any] = []
-    for block in blocks:
-        mixer: Any = block.mixer
-        if isinstance(mixer, MLP):
-            states.append(None)
-            continue
-        conv = torch.randn(batch, mixer.d_conv - 1, mixer.conv1d.in_channels, device=DEVICE).to(dtype).transpose(1, 2)
-        ssm = torch.randn(batch, mixer.nheads, mixer.headdim, mixer.d_state, device=DEVICE)
-        states.append(Mamba2State(conv, ssm.to(state_dtype)))
-    return states
-
-
 @torch.no_grad()
 def step(blocks: nn.ModuleList, h: Tensor, states: Sequence[Any]) -> Tensor:
     """One token; changes the states."""
@@ -90,10 +77,6 @@ def step(blocks: nn.ModuleList, h: Tensor, states: Sequence[Any]) -> Tensor:
         else:
             stream, waiting = triton_step.step(stream, waiting, *describe(block.mixer, block.norm), *state)
     return triton_step.settle(stream, waiting)
-
-
-def double(states: Sequence[Any]) -> list[Any]:
-    return [None if state is None else Mamba2State(*(t.double() for t in state)) for state in states]
 
 
 def taken(blocks: nn.ModuleList, states: Sequence[Any]) -> list[bool]:

@@ -11,6 +11,7 @@ from dualscan.nn.block import Block, step_blocks
 from dualscan.nn.mamba2 import Mamba2, Mamba2State
 from dualscan.nn.mlp import MLP
 from tests.nn import test_step
+from tests.ops.decode.states import double, start
 from tests.oracle import assert_close
 
 CUDA = torch.cuda.is_available()
@@ -48,17 +49,8 @@ def stack(dtype: torch.dtype, **options: Any) -> tuple[torch.nn.ModuleList, torc
 def test_in_place_step_equals_operators(variant: str, dtype: torch.dtype, batch: int) -> None:
     blocks, exact = stack(dtype, **VARIANTS[variant])
     h = torch.randn(batch, 1, 24, device=DEVICE)
-    states, wide = [], []
-    for block in blocks:
-        if isinstance(block.mixer, MLP):
-            states.append(None)
-            wide.append(None)
-            continue
-        mixer: Any = block.mixer
-        conv = torch.randn(batch, mixer.d_conv - 1, mixer.conv1d.in_channels, device=DEVICE).to(dtype).transpose(1, 2)
-        ssm = torch.randn(batch, mixer.nheads, mixer.headdim, mixer.d_state, device=DEVICE)
-        states.append(Mamba2State(conv, ssm))
-        wide.append(Mamba2State(conv.double(), ssm.double()))
+    states = start(blocks, dtype, batch)
+    wide = double(states)
     given = [h.clone(), *(t for state in states if state is not None for t in state)]
     expected_h, expected = h.double(), []
     same_h, same = h, []
@@ -84,15 +76,7 @@ def test_in_place_step_equals_operators(variant: str, dtype: torch.dtype, batch:
 @torch.no_grad()
 def test_states_in_bfloat16_are_computed_with_in_float32(dtype: torch.dtype) -> None:
     blocks, _ = stack(dtype)
-    states: list[Any] = []
-    for block in blocks:
-        mixer: Any = block.mixer
-        if isinstance(mixer, MLP):
-            states.append(None)
-            continue
-        conv = torch.randn(2, mixer.d_conv - 1, mixer.conv1d.in_channels, device=DEVICE).to(dtype).transpose(1, 2)
-        ssm = torch.randn(2, mixer.nheads, mixer.headdim, mixer.d_state, device=DEVICE).bfloat16()
-        states.append(Mamba2State(conv, ssm))
+    states = start(blocks, dtype, 2, torch.bfloat16)
     h = torch.randn(2, 1, 24, device=DEVICE)
     wide, wide_after = in_place(blocks, h, block_module.keep_in(torch.float32, copy.deepcopy(states)))
     got, after = in_place(blocks, h, states)
