@@ -80,12 +80,13 @@ def pytorch(t: block.Inputs) -> Tensor:
 @cache
 def mamba_ssm_norm(module: str = "layernorm_gated", function: str = "rmsnorm_fn") -> Callable[..., Any] | None:
     """mamba_ssm's Triton kernel, or None. Its package's `__init__` would want the CUDA extensions."""
-    found = importlib.util.find_spec("mamba_ssm")
-    if found is None or found.origin is None:
-        return None
-    package = types.ModuleType("mamba_ssm")
-    package.__path__ = [str(Path(found.origin).parent)]
-    sys.modules["mamba_ssm"] = package
+    if "mamba_ssm" not in sys.modules:
+        found = importlib.util.find_spec("mamba_ssm")
+        if found is None or found.origin is None:
+            return None
+        package = types.ModuleType("mamba_ssm")
+        package.__path__ = [str(Path(found.origin).parent)]
+        sys.modules["mamba_ssm"] = package
     return getattr(importlib.import_module(f"mamba_ssm.ops.triton.{module}"), function)
 
 
