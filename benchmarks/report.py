@@ -17,7 +17,7 @@ from benchmarks.ops import figure10
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "explanations/ssd-kernels.md")))
 IMAGES = ROOT / "docs" / "images"
 MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
@@ -159,6 +159,23 @@ def ssd_short() -> str:
         rows.append([PASSES[pass_], *(_number(found.get(impl), "kernel_ms", "{:.3g} ms") for impl in impls)])
     header = ["", "dualscan", "mamba_ssm", "attention, cuDNN", "attention, FlashAttention-2"]
     return markdown(header, rows) + _origin(records)
+
+
+def ssd_launches() -> str:
+    """Every launch of SSD's passes by itself, on the device of the last run, beside the passes in CUDA graphs."""
+    records = load("ssd")
+    newest = max((r for r in records if "launch" in r["pass"]), key=lambda r: r["date"])["device"]
+    records = [r for r in records if r["device"] == newest]
+    own = [r for r in records if "launch" in r["pass"]]
+    shapes = list(dict.fromkeys(r["shape"] for r in own))
+    rows = []
+    for pass_, words in (("fwd", "forward"), ("fwdbwd", "forward + backward")):
+        for label in dict.fromkeys(r["impl"] for r in own if r["pass"] == f"{pass_} launch"):
+            found = {r["shape"]: r for r in own if (r["pass"], r["impl"]) == (f"{pass_} launch", label)}
+            rows.append([f"{words}: {label}", *(_number(found.get(shape), "kernel_ms", "{:.3f}") for shape in shapes)])
+        whole = {r["shape"]: r for r in records if (r["pass"], r["impl"]) == (pass_, "dualscan")}
+        rows.append([f"**{words}**", *(_number(whole.get(shape), "kernel_ms", "**{:.3f}**") for shape in shapes)])
+    return markdown(["ms", *shapes], rows) + _origin(records)
 
 
 def _times(r: Record) -> str:
@@ -311,6 +328,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lm_cpu_lengths": lm_cpu_lengths,
     "ssd": partial(_devices, "ssd", ssd),
     "ssd_short": ssd_short,
+    "ssd_launches": ssd_launches,
     "mamba2_block": partial(_devices, "mamba2_block", mamba2_block),
     "train_step": train_step,
     "generate": generate,

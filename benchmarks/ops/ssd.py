@@ -240,6 +240,42 @@ def attention(repeats: int) -> list[dict[str, Any]]:
     return records
 
 
+# What the kernels' page calls the launches of a pass, forward and backward.
+LAUNCHES = {
+    "decay_kernel": ("decays", "backward: decays"),
+    "states": ("states of segments", "backward: states of segments"),
+    "combine_kernel": ("their join", "backward: their join"),
+    "scan_hopper_kernel": ("scan", "dx, states G, their inner products with S"),
+    "gradient_hopper_kernel": ("", "parts of dB and dC, and of the gradients of the decay"),
+    "finish_kernel": ("", "dB and dC of their parts"),
+    "decay_gradient_kernel": ("", "gradients of dt and A"),
+    "total_kernel": ("", "sums over super-chunks"),
+}
+
+
+def launches(shape: str, repeats: int) -> list[dict[str, Any]]:
+    """Every launch of a shape's passes by itself, as the profiler sees it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    t = inputs(*SHAPES[shape], "packed" in shape)
+    without = {name: v.detach() for name, v in t.items()}
+    records = []
+    for pass_, call in (("fwd", partial(ours, without)), ("fwdbwd", partial(gradients, ours, t))):
+        call()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(repeats):
+                call()
+            torch.cuda.synchronize()
+        events = sorted((e for e in profiler.events() if e.name in LAUNCHES), key=lambda e: e.time_range.start)
+        names = [e.name for e in events[: len(events) // repeats]]
+        for place, name in enumerate(names):
+            own = "states" if names[place + 1 : place + 2] == ["combine_kernel"] else name
+            label = LAUNCHES[own][names[: place + 1].count("decay_kernel") - 1]
+            seconds = statistics.median(e.time_range.elapsed_us() for e in events[place :: len(names)]) / 1e6
+            records.append(report(shape, f"{pass_} launch", label, seconds, None))
+    return records
+
+
 def simple_gla(repeats: int) -> list[dict[str, Any]]:
     """fla's kernel for the same recurrence, forward: it wants keys and queries of every head, and dt multiplied in."""
     if importlib.util.find_spec("fla") is None:
@@ -390,6 +426,7 @@ def main(argv: list[str] | None = None) -> int:
     parts: list[Callable[[], list[dict[str, Any]]]] = [
         *(partial(sequences, shape, args.repeats, ceiling, tested) for shape in args.shapes),
         partial(decoding, args.repeats, ceiling, tested),
+        *(partial(launches, shape, args.repeats) for shape in ("2.7b 8x2048", "2.7b 1x16384") if shape in args.shapes),
         partial(attention, args.repeats),
         partial(simple_gla, args.repeats),
         first_call,
