@@ -59,6 +59,7 @@ def ssd(
     initial_states: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
+    keep_states: bool = True,
     impl: str = "auto",
 ) -> SSDOutput:
     """Selective state space model with scalar decay per head, over whole sequences.
@@ -83,6 +84,9 @@ def ssd(
             zero.
         cu_seqlens: `(nseq + 1,)` int32 boundaries of sequences packed along time; batch must be 1.
         chunk_size: tokens a chunk of the chunked form; None takes its default (64). Changes rounding only.
+        keep_states: whether the GPU kernels keep the states on the way for the backward. Without them it computes these
+            again and takes the batch a part at a time: half of the memory beyond outputs and gradients, or less, for
+            about a quarter more time. The other implementations always do.
         impl: "auto", "triton" (the kernels for NVIDIA GPUs, with chunk sizes of their own), "numba" (the kernels for
             CPUs; float32 and bfloat16), "chunked", "recurrent" (the O(seqlen)-step oracle) or "quadratic" (O(seqlen²)
             memory).
@@ -113,7 +117,8 @@ def ssd(
     form = _form("ssd", impl, x, B)
     if form == "triton":
         low, high = map(float, dt_limit)
-        y, final_states = library.kernel(x, dt, A, B, C, D, dt_bias, initial_states, cu_seqlens, dt_softplus, low, high)
+        given = x, dt, A, B, C, D, dt_bias, initial_states, cu_seqlens
+        y, final_states = library.kernel(*given, dt_softplus, low, high, keep=keep_states)
     else:
         scale = _step_size(dt, dt_bias, dt_softplus, dt_limit, accumulation_dtype(x.dtype))
         y, final_states = _core(x, scale, scale * A, B, C, D, initial_states, cu_seqlens, chunk_size, form)
@@ -221,6 +226,7 @@ def linear_attention(
     initial_states: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
+    keep_states: bool = True,
     impl: str = "auto",
 ) -> SSDOutput:
     """Causal linear attention with a decay per token and head: the attention face of `ssd` (section 5 of arXiv
@@ -241,6 +247,7 @@ def linear_attention(
             last row being the denominator.
         cu_seqlens: `(nseq + 1,)` int32 boundaries of packed sequences; batch must be 1.
         chunk_size: as in `ssd`.
+        keep_states: as in `ssd`.
         impl: as in `ssd`.
 
     Returns:
@@ -276,7 +283,8 @@ def linear_attention(
     form = _form(op, impl, values, k)
     if form == "triton":
         y, states = library.kernel(
-            values, None, log_decay, k, q, None, None, initial_states, cu_seqlens, False, 0.0, math.inf
+            *(values, None, log_decay, k, q, None, None, initial_states, cu_seqlens, False, 0.0, math.inf),
+            keep=keep_states,
         )
     else:
         y, states = _core(values, None, log_decay.to(dtype), k, q, None, initial_states, cu_seqlens, chunk_size, form)

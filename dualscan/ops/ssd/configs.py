@@ -22,6 +22,16 @@ HOPPER_STATES = (64, 128, 256)
 HOPPER_EVERY = 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Bytes of chunk states that the backward keeps at once: for whole groups of heads, which cost nothing to take one after
+# the other, and for parts of one, which cost a tenth of the time and more. And the step of such parts: 16 bytes of the
+# narrowest dtype.
+SCRATCH = 2**28
+SCRATCH_OF_A_GROUP = 2**31
+HEADS_STEP = 8
+# Where the forward was asked to keep no states, the backward takes as many rows of the batch at a time as so many bytes
+# of chunk states allow.
+SCRATCH_OF_ROWS = 40 * 2**20
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
@@ -111,3 +121,62 @@ def choose(headdim: int, d_state: int, dtype: torch.dtype, capability: tuple[int
         gradient_stages=stages,
         validated="2026-11-22" if capability[0] == 9 else None,
     )
+
+
+def rows_at_once(x: Tensor, B: Tensor) -> int:
+    """Rows of the batch that the backward takes at a time where memory is to be saved."""
+    return min(max(SCRATCH_OF_ROWS // _chunk_states(x[:1], B), 1), x.shape[0])
+
+
+def slices_of_heads(x: Tensor, B: Tensor, nseq: int, resident: int) -> list[tuple[int, int]]:
+    """Ranges of heads that the backward takes one after the other, because of the chunk states that it keeps.
+
+    A multiprocessor holds `resident` programs of the sequential kernel.
+    """
+    nheads, ngroups = x.shape[2], B.shape[2]
+    programs, slots = nseq * _triton.cdiv(x.shape[3], _tile(x, B)[1]), resident * _triton.multiprocessors(x.device)
+    most = _heads_at_once(nheads, nheads // ngroups, programs, _chunk_states(x, B) // nheads, slots)
+    return head_slices(nheads, ngroups, most)
+
+
+def _tile(x: Tensor, B: Tensor) -> tuple[int, int]:
+    """Tokens that the backward has one state for, and columns of headdim that a program holds."""
+    if for_hopper(x, B):
+        return HOPPER_TILE * HOPPER_EVERY, HOPPER_TILE
+    config = choose(x.shape[3], B.shape[3], x.dtype, _triton.capability(x.device))
+    return config.chunk, config.columns
+
+
+def _chunk_states(x: Tensor, B: Tensor) -> int:
+    """Bytes of the states S and G that the backward keeps at once."""
+    (batch, seqlen, nheads, headdim), (tokens, columns) = x.shape, _tile(x, B)
+    width = _triton.cdiv(headdim, columns) * columns
+    one = 2 * power_of_two(B.shape[3]) * width * x.element_size()
+    return nheads * _triton.cdiv(batch * seqlen, tokens) * one
+
+
+def _heads_at_once(nheads: int, per_group: int, programs: int, nbytes: int, slots: int) -> int:
+    """Heads in a slice, of which each has `programs` and keeps `nbytes`: all, where `SCRATCH` holds them.
+
+    Else as many as fill the multiprocessors once; or, where sequences are split because all do not fill them, as many
+    as the scratch memory holds. Parts of a group only where there is no other way.
+    """
+    if nheads * nbytes <= SCRATCH:
+        return nheads
+    heads = slots // programs if nheads * programs >= slots else SCRATCH // nbytes
+    if heads >= per_group:
+        return min(heads // per_group * per_group, nheads)
+    if per_group * nbytes <= SCRATCH_OF_A_GROUP:
+        return per_group
+    heads = SCRATCH_OF_A_GROUP // nbytes
+    return min(max(heads // HEADS_STEP, 1) * HEADS_STEP, per_group)
+
+
+def head_slices(nheads: int, ngroups: int, most: int) -> list[tuple[int, int]]:
+    """Ranges of at most `most` heads: whole groups, or parts of one."""
+    per_group = nheads // ngroups
+    if most >= per_group:
+        size = most // per_group * per_group
+        return [(first, min(first + size, nheads)) for first in range(0, nheads, size)]
+    starts = [(group, first) for group in range(0, nheads, per_group) for first in range(0, per_group, most)]
+    return [(group + first, group + min(first + most, per_group)) for group, first in starts]

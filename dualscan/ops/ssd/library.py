@@ -225,9 +225,9 @@ core = {"chunked": torch.ops.dualscan.ssd_fwd.default, "numba": torch.ops.dualsc
 _kernel = entry(torch.ops.dualscan.ssd_kernel_fwd.default, _function)
 
 
-def kernel(*args: Any) -> tuple[Tensor, Tensor]:
-    """`y` and the final states by the GPU kernels; what a backward needs is kept where there may be one."""
-    y, final_states, _ = _kernel(*args, asks_for_gradient(args))
+def kernel(*args: Any, keep: bool = True) -> tuple[Tensor, Tensor]:
+    """`y` and the final states by the GPU kernels; to `keep`, what a backward needs is kept where there may be one."""
+    y, final_states, _ = _kernel(*args, keep and asks_for_gradient(args))
     return y, final_states
 
 

@@ -32,14 +32,9 @@ from dualscan.ops.ssd import configs
 from dualscan.ops.ssd.hopper import triton_gradients_hopper, triton_scan_hopper
 from dualscan.ops.ssd.triton_scan import LOWEST, RESIDENT, Call, arranged, load_tile, step_size
 
-# Bytes of chunk states that the backward keeps at once: for whole groups of heads, which cost nothing to take one after
-# the other, and for parts of one, which cost a tenth of the time and more. And the step of such parts: 16 bytes of the
-# narrowest dtype.
-SCRATCH = 2**28
-SCRATCH_OF_A_GROUP = 2**31
-HEADS_STEP = 8
-# Programs a multiprocessor that Hopper's gradient kernel is cut into at least: a wave of long ones ends raggedly.
-WAVES = 12
+# Programs a multiprocessor that Hopper's gradient kernel is cut into at least: a wave of long ones ends raggedly. Each
+# has sums of its own, so that there are fewer where memory is to be saved.
+WAVES, FEW_WAVES = 12, 6
 # Most registers of a thread of that kernel: three programs a multiprocessor.
 GRADIENT_REGISTERS = 168
 
@@ -282,52 +277,6 @@ def total_kernel(
         tl.store(dD + heads, tl.sum(d, 0).to(dD.dtype.element_ty), mask=heads < nheads)
 
 
-def backward(
-    dy: Tensor | None, dfinal: Tensor | None, states: Tensor, x: Tensor, dt: Tensor | None, decay: Tensor, B: Tensor,
-    C: Tensor, D: Tensor | None, dt_bias: Tensor | None, initial_states: Tensor | None, cu_seqlens: Tensor | None,
-    dt_softplus: bool, dt_min: float, dt_max: float, keep: bool = False, *, into: Mapping[str, Tensor] | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x, dt, decay, B, C, D, dt_bias and initial_states; an empty tensor for an argument that was None.
-
-    `states` are those that the forward kept; of no elements, they are computed again. `into` has memory for some of the
-    gradients, by the names of `Tensors`, with adjacent elements in the last dimension.
-    """
-    if x.numel() == 0:
-        dstates = x.new_empty(0) if initial_states is None else torch.zeros_like(initial_states)
-        if initial_states is not None and dfinal is not None:
-            dstates.copy_(dfinal)
-        grads = [x.new_empty(0) if t is None else torch.zeros_like(t) for t in (x, dt, decay, B, C, D, dt_bias)]
-        return *grads, dstates
-    if dy is None:
-        dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    with _triton.on_device(x):
-        dy = dy if _triton.describable(dy) and dy.stride(-1) == 1 else dy.contiguous()
-        x, B, C, dy = arranged(x, B, C, dy)
-        inputs = Tensors(x, dt, decay, B, C, D, dt_bias, initial_states)
-        given = into or {}
-        made = {
-            name: given[name] if name in given else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-            for name, t in inputs._asdict().items()
-            if t is not None
-        }
-        grads = result = Tensors(*map(made.get, Tensors._fields))
-        slices = [(0, x.shape[2])] if states.numel() else _slices(inputs, cu_seqlens)
-        split = len(slices) > B.shape[2]
-        if split:
-            # Sums over the heads of a group, of which a slice adds its own.
-            grads = grads._replace(B=grads.B.float(), C=grads.C.float())
-        for first, last in slices:
-            add = split and first % (x.shape[2] // B.shape[2]) > 0
-            _slice(
-                inputs.heads(first, last), grads.heads(first, last), dy[:, :, first:last], states,
-                None if dfinal is None else dfinal[:, first:last], cu_seqlens, (dt_softplus, (dt_min, dt_max)), add,
-            )  # fmt: skip
-        if split:
-            result.B.copy_(grads.B)
-            result.C.copy_(grads.C)
-    return tuple(x.new_empty(0) if t is None else t for t in result)
-
-
 class Tensors(NamedTuple):
     """The arguments that have gradients, or these."""
 
@@ -352,52 +301,98 @@ class Tensors(NamedTuple):
         initial = None if self.initial_states is None else self.initial_states[:, first:last]
         return Tensors(x, dt, decay, self.B[:, :, groups], self.C[:, :, groups], D, bias, initial)
 
+    def rows(self, rows: slice) -> "Tensors":
+        """Views of some rows of the batch."""
+        others = self.shared()
+        return Tensors(*(t if t is None or name in others else t[rows] for name, t in self._asdict().items()))
 
-def _slices(inputs: Tensors, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
-    """Ranges of heads that the backward takes one after the other, because of the chunk states that it keeps."""
-    (batch, seqlen, nheads, headdim), (ngroups, d_state) = inputs.x.shape, inputs.B.shape[2:]
-    nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    config = configs.choose(headdim, d_state, inputs.x.dtype, _triton.capability(inputs.x.device))
-    tokens, columns = config.chunk, config.columns
-    if configs.for_hopper(inputs.x, inputs.B):
-        tokens, columns = configs.HOPPER_TILE * configs.HOPPER_EVERY, configs.HOPPER_TILE
-    blocks = _triton.cdiv(headdim, columns)
-    chunk_states = 2 * configs.power_of_two(d_state) * blocks * columns * inputs.x.element_size()
-    a_head = _triton.cdiv(batch * seqlen, tokens) * chunk_states
-    slots = RESIDENT * _triton.multiprocessors(inputs.x.device)
-    return head_slices(nheads, ngroups, _heads_at_once(nheads, nheads // ngroups, nseq * blocks, a_head, slots))
+    def shared(self) -> dict[str, Tensor]:
+        """Those that all rows of the batch have in common."""
+        named = {"decay": None if self.decay.ndim == 3 else self.decay, "D": self.D, "dt_bias": self.dt_bias}
+        return {name: t for name, t in named.items() if t is not None}
 
 
-def _heads_at_once(nheads: int, per_group: int, programs: int, nbytes: int, slots: int) -> int:
-    """Heads in a slice, of which each has `programs` and keeps `nbytes`: all, where `SCRATCH` holds them.
+def backward(
+    dy: Tensor | None, dfinal: Tensor | None, states: Tensor, x: Tensor, dt: Tensor | None, decay: Tensor, B: Tensor,
+    C: Tensor, D: Tensor | None, dt_bias: Tensor | None, initial_states: Tensor | None, cu_seqlens: Tensor | None,
+    dt_softplus: bool, dt_min: float, dt_max: float, keep: bool = False, *, into: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x, dt, decay, B, C, D, dt_bias and initial_states; an empty tensor for an argument that was None.
 
-    Else as many as fill the multiprocessors once; or, where sequences are split because all do not fill them, as many
-    as the scratch memory holds. Parts of a group only where there is no other way.
+    `states` are those that the forward kept; of no elements, they are computed again, and the batch is taken a part at
+    a time unless it was to `keep` them. `into` has memory for some of the gradients, by the names of `Tensors`, with
+    adjacent elements in the last dimension; the batch is taken as a whole then.
     """
-    if nheads * nbytes <= SCRATCH:
-        return nheads
-    heads = slots // programs if nheads * programs >= slots else SCRATCH // nbytes
-    if heads >= per_group:
-        return min(heads // per_group * per_group, nheads)
-    if per_group * nbytes <= SCRATCH_OF_A_GROUP:
-        return per_group
-    heads = SCRATCH_OF_A_GROUP // nbytes
-    return min(max(heads // HEADS_STEP, 1) * HEADS_STEP, per_group)
+    if x.numel() == 0:
+        dstates = x.new_empty(0) if initial_states is None else torch.zeros_like(initial_states)
+        if initial_states is not None and dfinal is not None:
+            dstates.copy_(dfinal)
+        grads = [x.new_empty(0) if t is None else torch.zeros_like(t) for t in (x, dt, decay, B, C, D, dt_bias)]
+        return *grads, dstates
+    if dy is None:
+        dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    with _triton.on_device(x):
+        dy = dy if _triton.describable(dy) and dy.stride(-1) == 1 else dy.contiguous()
+        x, B, C, dy = arranged(x, B, C, dy)
+        inputs = Tensors(x, dt, decay, B, C, D, dt_bias, initial_states)
+        given = into or {}
+        made = {
+            name: given[name] if name in given else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+            for name, t in inputs._asdict().items()
+            if t is not None
+        }
+        grads, steps = Tensors(*map(made.get, Tensors._fields)), (dt_softplus, (dt_min, dt_max))
+        whole = keep or into is not None or cu_seqlens is not None or states.numel()
+        size = x.shape[0] if whole else configs.rows_at_once(x, B)
+        if size == x.shape[0]:
+            _heads(inputs, grads, dy, states, dfinal, cu_seqlens, steps, WAVES)
+        else:
+            _in_parts(inputs, grads, dy, states, dfinal, steps, size)
+    return tuple(x.new_empty(0) if t is None else t for t in grads)
 
 
-def head_slices(nheads: int, ngroups: int, most: int) -> list[tuple[int, int]]:
-    """Ranges of at most `most` heads: whole groups, or parts of one."""
-    per_group = nheads // ngroups
-    if most >= per_group:
-        size = most // per_group * per_group
-        return [(first, min(first + size, nheads)) for first in range(0, nheads, size)]
-    starts = [(group, first) for group in range(0, nheads, per_group) for first in range(0, per_group, most)]
-    return [(group + first, group + min(first + most, per_group)) for group, first in starts]
+def _in_parts(
+    inputs: Tensors, grads: Tensors, dy: Tensor, states: Tensor, dfinal: Tensor | None,
+    steps: tuple[bool, tuple[float, float]], size: int,
+) -> None:  # fmt: skip
+    """Writes all gradients, `size` rows of the batch at a time."""
+    parts = []
+    for first in range(0, dy.shape[0], size):
+        rows = slice(first, min(first + size, dy.shape[0]))
+        parts.append({name: torch.empty_like(t) for name, t in grads.shared().items()})
+        own = grads.rows(rows)._replace(**parts[-1])
+        last = None if dfinal is None else dfinal[rows]
+        _heads(inputs.rows(rows), own, dy[rows], states, last, None, steps, FEW_WAVES)
+    for name, total in grads.shared().items():
+        total.copy_(torch.stack([part[name] for part in parts]).sum(0))
+
+
+def _heads(
+    inputs: Tensors, result: Tensors, dy: Tensor, states: Tensor, dfinal: Tensor | None, cu_seqlens: Tensor | None,
+    steps: tuple[bool, tuple[float, float]], waves: int,
+) -> None:  # fmt: skip
+    """Writes all gradients, some heads at a time."""
+    x, B, grads = inputs.x, inputs.B, result
+    nseq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    slices = [(0, x.shape[2])] if states.numel() else configs.slices_of_heads(x, B, nseq, RESIDENT)
+    split = len(slices) > B.shape[2]
+    if split:
+        # Sums over the heads of a group, of which a slice adds its own.
+        grads = grads._replace(B=grads.B.float(), C=grads.C.float())
+    for first, last in slices:
+        add = split and first % (x.shape[2] // B.shape[2]) > 0
+        _slice(
+            inputs.heads(first, last), grads.heads(first, last), dy[:, :, first:last], states,
+            None if dfinal is None else dfinal[:, first:last], cu_seqlens, steps, add, waves,
+        )  # fmt: skip
+    if split:
+        result.B.copy_(grads.B)
+        result.C.copy_(grads.C)
 
 
 def _slice(
     inputs: Tensors, grads: Tensors, dy: Tensor, states: Tensor, dfinal: Tensor | None, cu_seqlens: Tensor | None,
-    steps: tuple[bool, tuple[float, float]], add: bool,
+    steps: tuple[bool, tuple[float, float]], add: bool, waves: int,
 ) -> None:  # fmt: skip
     """Writes the gradients of some heads; with `add` those of B and C are added to what is there."""
     x, dt, decay, B, C, D, bias, initial = inputs
@@ -419,7 +414,10 @@ def _slice(
         kept=kept,
     )  # fmt: skip
     dD = _vector_D(call, D)
-    pieces = (_hopper_gradients if call.family.hopper else _plain_gradients)(call, grads, dy, S, G, dD, add)
+    if call.family.hopper:
+        pieces = _hopper_gradients(call, grads, dy, S, G, dD, add, waves)
+    else:
+        pieces = _plain_gradients(call, grads, dy, S, G, dD, add)
     if dD is not None:
         assert grads.D is not None
         grads.D.copy_(dD.sum(0)[:, : x.shape[3]])
@@ -467,7 +465,7 @@ def _vector_D(call: Call, D: Tensor | None) -> Tensor | None:
 
 
 def _hopper_gradients(
-    call: Call, grads: Tensors, dy: Tensor, S: Tensor, G: Tensor, dD: Tensor | None, add: bool
+    call: Call, grads: Tensors, dy: Tensor, S: Tensor, G: Tensor, dD: Tensor | None, add: bool, waves: int
 ) -> Pieces:
     """Writes dB, dC and, per chunk, a vector D's gradient; returns what the decay's gradient is made of."""
     x, B, C, supers, every = call.x, call.B, call.C, call.plan.supers, call.family.every
@@ -476,7 +474,7 @@ def _hopper_gradients(
     n = min(d_state, triton_scan_hopper.NARROW.value)
     halves, pairs = d_state // n, every * (every + 1) // 2
     programs = count * (2 * every * halves + pairs)
-    parts = _head_parts(per_group, programs * ngroups, WAVES * _triton.multiprocessors(x.device))
+    parts = _head_parts(per_group, programs * ngroups, waves * _triton.multiprocessors(x.device))
     float32 = {"dtype": torch.float32, "device": x.device}
     totals = torch.empty(2, parts, call.padded, ngroups * d_state, **float32)
     squares = torch.empty(parts, ngroups, count, pairs, tile, tile, **float32)

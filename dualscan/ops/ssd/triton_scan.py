@@ -34,8 +34,7 @@ from dualscan.ops.ssd.triton_combine import SEGMENTS_AT_ONCE, combine_kernel
 RESIDENT = 2
 # Programs of Hopper's kernel that a multiprocessor holds where they compute states alone, and the most pieces that a
 # segment is cut into for it: one program waits for a chunk's latencies, several for each other.
-STATES_RESIDENT = 4
-MOST_PIECES = 4
+STATES_RESIDENT, MOST_PIECES = 4, 4
 # States of so many columns and more take a multiprocessor for themselves on Hopper.
 WIDE_STATE = 256
 STATES_COST = 0.35
@@ -256,9 +255,8 @@ def _family(key: Hashable, call: "Call", nseq: int, described: list[Tensor]) -> 
     columns, every = (configs.HOPPER_TILE, configs.HOPPER_EVERY) if fast else (config.columns, 1)
     resident = 1 if fast and B.shape[3] >= WIDE_STATE else RESIDENT
     programs = nseq * x.shape[2] * _triton.cdiv(headdim, columns)
-    slots = _triton.multiprocessors(x.device)
+    slots, pieces = _triton.multiprocessors(x.device), 1
     segment = _segment(x.shape[1], programs, config.chunk, every, resident * slots)
-    pieces = 1
     if fast and call.dense:
         slices = _triton.cdiv(B.shape[3], hopper.NARROW.value)
         pieces = _pieces(x.shape[1], segment, config.chunk, programs * slices, STATES_RESIDENT * slots)
@@ -355,16 +353,15 @@ class Call:
             described = [t for t in (x, self.B, self.C, dy, result) if t is not None]
             family = _family(key, self, nseq, described)
         self.family, chunk = family, family.config.chunk
-        sizes = (chunk, family.every, family.segment)
-        self.plan = plan = _triton.plan(cu_seqlens, batch, seqlen, *sizes, x.device, family.pieces)
-        nchunks = plan.chunks.shape[0]
-        padded = nchunks * chunk
+        every, segment, pieces = family.every, family.segment, family.pieces
+        self.plan = plan = _triton.plan(cu_seqlens, batch, seqlen, chunk, every, segment, x.device, pieces)
+        padded = plan.chunks.shape[0] * chunk
         self.scale = torch.empty(nheads, padded, dtype=torch.float32, device=x.device)
         wide = torch.float64 if x.dtype == torch.float32 else torch.float32
         self.sums = torch.empty(nheads, padded, dtype=wide, device=x.device)
         heads = min(16, configs.power_of_two(nheads))
         self.launch(
-            decay_kernel, (nchunks, _triton.cdiv(nheads, heads)),
+            decay_kernel, (plan.chunks.shape[0], _triton.cdiv(nheads, heads)),
             (self.dt, self.decay, self.bias, self.scale, self.sums, plan.chunks, nheads, padded, *self.limit,
              *family.strides),
             HEADS=heads, num_warps=2, **family.decays,

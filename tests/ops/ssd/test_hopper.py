@@ -43,9 +43,10 @@ def _every(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "HOPPER_EVERY", EVERY)
 
 
-def compare(dtype: torch.dtype, options: dict[str, Any]) -> None:
+def compare(dtype: torch.dtype, options: dict[str, Any], **others: Any) -> None:
     problem = ssd_problem(dtype=dtype, **{**BASE, **options})
-    assert_matches(evaluate(problem, impl="triton"), evaluate(problem.double(), impl="recurrent"), dtype=dtype)
+    expected = evaluate(problem.double(), impl="recurrent")
+    assert_matches(evaluate(problem, impl="triton", **others), expected, dtype=dtype)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,11 +78,18 @@ def test_backward_in_slices_of_heads(
     options: dict[str, Any], hopper: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the forward keeps no states: there the backward takes so many heads at a time as its memory holds."""
-    from dualscan.ops.ssd import configs, triton_gradients
+    from dualscan.ops.ssd import configs
 
-    monkeypatch.setattr(configs, "saved_states", lambda *_: (0,))
-    monkeypatch.setattr(triton_gradients, "_heads_at_once", lambda *_: 2)
-    compare(BFLOAT16, {"seqlen": 130, **options})
+    monkeypatch.setattr(configs, "_heads_at_once", lambda *_: 2)
+    compare(BFLOAT16, {"seqlen": 130, **options}, keep_states=False)
+    assert hopper.count("gradient_hopper_kernel") == 2
+
+
+def test_backward_in_parts_of_the_batch(hopper: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dualscan.ops.ssd import configs
+
+    monkeypatch.setattr(configs, "SCRATCH_OF_ROWS", 1)
+    compare(BFLOAT16, {"batch": 2, "nheads": 2, "seqlen": 130, **EVERYTHING}, keep_states=False)
     assert hopper.count("gradient_hopper_kernel") == 2
 
 

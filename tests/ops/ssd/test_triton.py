@@ -1,7 +1,9 @@
 """The kernels against the float64 recurrence: in Triton's interpreter (float32, float16), on a GPU as they are."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -85,14 +87,35 @@ SLICED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])], ids=str)
 @pytest.mark.parametrize("name", SLICED)
 def test_backward_in_slices_of_heads(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dualscan.ops.ssd import triton_gradients
-
-    monkeypatch.setattr(triton_gradients, "_heads_at_once", lambda *_: 2)
+    monkeypatch.setattr(configs, "_heads_at_once", lambda *_: 2)
     compare(ssd_problem(seqlen=70, dtype=dtype, **SLICED[name]), dtype)
 
 
+@pytest.mark.parametrize(
+    "problem",
+    [
+        partial(ssd_problem, D="scalar", dt_bias=True, states=True),
+        partial(ssd_problem, D="vector"),
+        partial(attention_problem, states=True),
+    ],
+    ids=["shared", "vector D", "log-decay per token"],
+)
+def test_backward_in_parts_of_the_batch(problem: Callable[..., Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all rows share has a gradient that is the sum of the parts'; the last part is smaller."""
+    from dualscan.ops.ssd import triton_gradients
+
+    ours, sizes, heads = on_device(problem(batch=3, seqlen=70)), [], triton_gradients._heads
+    monkeypatch.setattr(configs, "rows_at_once", lambda *_: 2)
+    monkeypatch.setattr(triton_gradients, "_heads", lambda i, *rest: sizes.append(len(i.x)) or heads(i, *rest))
+    expected = evaluate(ours.double(), impl="recurrent")
+    assert_matches(evaluate(ours, impl="triton", keep_states=False), expected, dtype=torch.float32)
+    assert sizes == [2, 1]
+    evaluate(ours, impl="triton")
+    assert sizes[2:] == [3]
+
+
 def test_slices_of_the_backward() -> None:
-    from dualscan.ops.ssd.triton_gradients import _heads_at_once, head_slices
+    from dualscan.ops.ssd.configs import _heads_at_once, head_slices, rows_at_once
 
     assert head_slices(80, 1, 32) == [(0, 32), (32, 64), (64, 80)]
     assert head_slices(6, 2, 2) == [(0, 2), (2, 3), (3, 5), (5, 6)]
@@ -106,6 +129,9 @@ def test_slices_of_the_backward() -> None:
     assert _heads_at_once(80, 80, 8, 2**23, 264) == 80
     assert _heads_at_once(80, 80, 1, 2**26, 264) == 32
     assert _heads_at_once(80, 80, 1, 2**30, 264) == 8
+    # Rows of the batch, of 16 and 32 MiB of states each.
+    x, B = (torch.empty(4, 1024, n, k, device="meta") for n, k in ((16, 64), (1, 128)))
+    assert [rows_at_once(x[:, :n], B[:, :n]) for n in (512, 1024)] == [2, 1]
 
 
 def test_segments_fill_the_gpu() -> None:

@@ -50,11 +50,23 @@ def test_even_shapes(options: dict[str, Any], dtype: torch.dtype) -> None:
     ],
 )
 def test_backward_in_slices_of_heads(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from dualscan.ops.ssd import triton_gradients
+    from dualscan.ops.ssd import configs
 
-    monkeypatch.setattr(triton_gradients, "_heads_at_once", lambda *_: 2)
+    monkeypatch.setattr(configs, "_heads_at_once", lambda *_: 2)
     problem = on_device(ssd_problem(dtype=torch.bfloat16, **(EVEN | options)))
-    assert_matches(evaluate(problem, impl="triton"), evaluate(problem.double(), impl="recurrent"), dtype=torch.bfloat16)
+    expected = evaluate(problem.double(), impl="recurrent")
+    for keep in (True, False):
+        assert_matches(evaluate(problem, impl="triton", keep_states=keep), expected, dtype=torch.bfloat16)
+
+
+def test_backward_in_parts_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dualscan.ops.ssd import configs
+
+    monkeypatch.setattr(configs, "SCRATCH_OF_ROWS", 1)
+    problem = on_device(ssd_problem(dtype=torch.bfloat16, D="scalar", dt_bias=True, states=True, **EVEN))
+    got, again = (evaluate(problem, impl="triton", keep_states=False) for _ in range(2))
+    assert_matches(got, evaluate(problem.double(), impl="recurrent"), dtype=torch.bfloat16)
+    assert all(torch.equal(got[name], again[name]) for name in got)
 
 
 def test_hopper_and_plain_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
