@@ -81,14 +81,12 @@ class Plan:
         segments: (batch row, first token, end, first chunk, sequence, edges, first super-chunk) each: what one
             sequential program covers. `edges` is 1 for a sequence's first segment, 2 for its last, 3 for the only one,
             0 for no segment.
-        before, after: the segments that have one after, and one before, in `pieces` pieces each: whose states others
-            start from, forward and backward. Packed sequences have all of them in both.
+        before, after: the segments that have one after, and one before: whose states others start from, forward and
+            backward. Packed sequences have all of them in both.
         sequences: (first segment, segments) each.
         chunks: (batch row, first token, end of the sequence) each.
         supers: super-chunks of several chunks: (batch row, first token, end of the sequence, first chunk) each.
         segment: tokens a segment at most.
-        piece: tokens at most of a row of `before` and `after`.
-        pieces: rows of these a segment.
         split: whether some sequence may have several segments.
         ragged: whether the tables may hold more chunks than the sequences have; those are empty.
     """
@@ -100,8 +98,6 @@ class Plan:
     chunks: Tensor
     supers: Tensor
     segment: int
-    piece: int
-    pieces: int
     split: bool
     ragged: bool
 
@@ -111,10 +107,8 @@ SEGMENT = 7
 
 
 @lru_cache(maxsize=256)
-def batch_plan(
-    batch: int, seqlen: int, chunk: int, every: int, segment: int, device: torch.device, pieces: int = 1
-) -> Plan:
-    """Equal sequences: every batch row is one. A super-chunk has `every` chunks, and no piece may be empty."""
+def batch_plan(batch: int, seqlen: int, chunk: int, every: int, segment: int, device: torch.device) -> Plan:
+    """Equal sequences: every batch row is one. A super-chunk has `every` chunks."""
     chunks, segments, supers = (-(-seqlen // size) for size in (chunk, segment, chunk * every))
     row, first = torch.arange(batch)[:, None], torch.arange(segments)[None, :] * segment
     start = first.expand(batch, -1)
@@ -123,28 +117,17 @@ def batch_plan(
     columns = (row, start, (start + segment).clamp(max=seqlen), first_chunk, row, edges, first_super)
     segment_table = torch.stack([c.expand(batch, segments) for c in columns], -1)
 
-    def equal(count: int, size: int) -> Tensor:
+    def pieces(count: int, size: int) -> Tensor:
         place = torch.arange(count)[None, :]
         columns = (row, place * size, torch.tensor(seqlen), row * chunks + place * (size // chunk))
         return torch.stack([c.expand(batch, count) for c in columns], -1).reshape(-1, 4)
 
-    def cut(table: Tensor) -> Tensor:
-        """Segments in their pieces, each of whole chunks."""
-        table = table.repeat_interleave(pieces, 1)
-        begin, end = table[..., 1].clone(), table[..., 2].clone()
-        k, count = torch.arange(table.shape[1]) % pieces, -(-(end - begin) // chunk)
-        table[..., 1] = begin + count * k // pieces * chunk
-        table[..., 2] = torch.minimum(begin + count * (k + 1) // pieces * chunk, end)
-        table[..., 3] += count * k // pieces
-        return table
-
     sequences = torch.stack([row[:, 0] * segments, torch.full((batch,), segments)], -1)
-    parts = (segment_table, cut(segment_table[:, :-1]), cut(segment_table[:, 1:]))
+    parts = (segment_table, segment_table[:, :-1], segment_table[:, 1:])
     segment_tables = [part.reshape(-1, SEGMENT) for part in parts]
-    chunk_tables = (equal(chunks, chunk)[:, :3], equal(supers, chunk * every))
-    tables = [t.to(device, torch.int32).contiguous() for t in (*segment_tables, sequences, *chunk_tables)]
-    piece = cdiv(cdiv(segment, chunk), pieces) * chunk
-    return Plan(*tables, segment=segment, piece=piece, pieces=pieces, split=segments > 1, ragged=False)
+    piece_tables = (pieces(chunks, chunk)[:, :3], pieces(supers, chunk * every))
+    tables = [t.to(device, torch.int32).contiguous() for t in (*segment_tables, sequences, *piece_tables)]
+    return Plan(*tables, segment=segment, split=segments > 1, ragged=False)
 
 
 def packed_plan(cu_seqlens: Tensor, seqlen: int, chunk: int, every: int, segment: int) -> Plan:
@@ -156,8 +139,7 @@ def packed_plan(cu_seqlens: Tensor, seqlen: int, chunk: int, every: int, segment
         make = triton_plan.packed_tables
     segments, sequences, chunks, supers = make(cu_seqlens, seqlen, chunk, every, segment)
     split = segments.shape[0] > sequences.shape[0]
-    tables = (segments, segments, segments, sequences, chunks, supers)
-    return Plan(*tables, segment=segment, piece=segment, pieces=1, split=split, ragged=True)
+    return Plan(segments, segments, segments, sequences, chunks, supers, segment=segment, split=split, ragged=True)
 
 
 def packed_tables(
@@ -203,15 +185,14 @@ def _starts(counts: Tensor) -> Tensor:
 
 
 def plan(
-    cu_seqlens: Tensor | None, batch: int, seqlen: int, chunk: int, every: int, segment: int, device: torch.device,
-    pieces: int = 1,
-) -> Plan:  # fmt: skip
-    """The plan of a call; `segment` is a multiple of `chunk * every`, and `pieces` of one are for equal sequences.
+    cu_seqlens: Tensor | None, batch: int, seqlen: int, chunk: int, every: int, segment: int, device: torch.device
+) -> Plan:
+    """The plan of a call; `segment` is a multiple of `chunk * every`.
 
     A packed plan is kept as long as its boundaries: every layer of a model has the same.
     """
     if cu_seqlens is None:
-        return batch_plan(batch, seqlen, chunk, every, segment, device, pieces)
+        return batch_plan(batch, seqlen, chunk, every, segment, device)
     on_gpu = cu_seqlens.is_cuda
     if cu_seqlens.is_inference() or (on_gpu and torch.cuda.is_current_stream_capturing()):
         # Changes of an inference tensor leave no trace. What is captured is computed at the replay only: nothing

@@ -32,9 +32,6 @@ from dualscan.ops.ssd.triton_combine import SEGMENTS_AT_ONCE, combine_kernel
 # For the split of sequences: programs of the sequential kernel that a multiprocessor holds; a chunk's states, and the
 # joining of one program's, in units of a chunk's full work; the fewest tokens worth a segment, and the most segments.
 RESIDENT = 2
-# Programs of Hopper's kernel that a multiprocessor holds where they compute states alone, and the most pieces that a
-# segment is cut into for it: one program waits for a chunk's latencies, several for each other.
-STATES_RESIDENT, MOST_PIECES = 4, 4
 # States of so many columns and more take a multiprocessor for themselves on Hopper.
 WIDE_STATE = 256
 STATES_COST = 0.35
@@ -222,13 +219,12 @@ def scan_kernel(
 class Family:
     """What sizes, strides and dtypes decide: configuration, segments, which kernels run, how they start again.
 
-    A program holds `columns` of headdim. `every` chunks are a super-chunk: the backward has one state for each. The
-    states of a segment are computed in `pieces`. `ragged` is whether a chunk may end early.
+    A program holds `columns` of headdim. `every` chunks are a super-chunk: the backward has one state for each.
+    `ragged` is whether a chunk may end early.
     """
 
     config: configs.Config
     segment: int
-    pieces: int
     columns: int
     every: int
     tma: bool
@@ -255,19 +251,13 @@ def _family(key: Hashable, call: "Call", nseq: int, described: list[Tensor]) -> 
     columns, every = (configs.HOPPER_TILE, configs.HOPPER_EVERY) if fast else (config.columns, 1)
     resident = 1 if fast and B.shape[3] >= WIDE_STATE else RESIDENT
     programs = nseq * x.shape[2] * _triton.cdiv(headdim, columns)
-    slots, pieces = _triton.multiprocessors(x.device), 1
-    segment = _segment(x.shape[1], programs, config.chunk, every, resident * slots)
-    if fast and call.dense:
-        slices = _triton.cdiv(B.shape[3], hopper.NARROW.value)
-        pieces = _pieces(x.shape[1], segment, config.chunk, programs * slices, STATES_RESIDENT * slots)
     dt = (0, 0, 0) if call.dt is None else call.dt.stride()
     per_token = call.decay.ndim == 3
     if len(_FAMILIES) >= MOST_FAMILIES:
         _FAMILIES.clear()
     _FAMILIES[key] = family = Family(
         config=config,
-        segment=segment,
-        pieces=pieces,
+        segment=_segment(x.shape[1], programs, config.chunk, every, resident * _triton.multiprocessors(x.device)),
         columns=columns,
         every=every,
         tma=tma,
@@ -311,13 +301,6 @@ def _segment(seqlen: int, programs: int, chunk: int, every: int, slots: int) -> 
     return supers * every * chunk
 
 
-def _pieces(seqlen: int, segment: int, chunk: int, programs: int, slots: int) -> int:
-    """Into how many pieces, none of them empty, segments are cut so that the GPU still holds all programs at once."""
-    others = _triton.cdiv(seqlen, segment) - 1
-    last = _triton.cdiv(seqlen - others * segment, chunk)
-    return max(1, min(MOST_PIECES, last, slots // max(programs * others, 1)))
-
-
 @dataclass(slots=True, eq=False)
 class Call:
     """One call's tensors, family, plan and decays, shared by forward and backward."""
@@ -353,15 +336,15 @@ class Call:
             described = [t for t in (x, self.B, self.C, dy, result) if t is not None]
             family = _family(key, self, nseq, described)
         self.family, chunk = family, family.config.chunk
-        every, segment, pieces = family.every, family.segment, family.pieces
-        self.plan = plan = _triton.plan(cu_seqlens, batch, seqlen, chunk, every, segment, x.device, pieces)
-        padded = plan.chunks.shape[0] * chunk
+        self.plan = plan = _triton.plan(cu_seqlens, batch, seqlen, chunk, family.every, family.segment, x.device)
+        nchunks = plan.chunks.shape[0]
+        padded = nchunks * chunk
         self.scale = torch.empty(nheads, padded, dtype=torch.float32, device=x.device)
         wide = torch.float64 if x.dtype == torch.float32 else torch.float32
         self.sums = torch.empty(nheads, padded, dtype=wide, device=x.device)
         heads = min(16, configs.power_of_two(nheads))
         self.launch(
-            decay_kernel, (plan.chunks.shape[0], _triton.cdiv(nheads, heads)),
+            decay_kernel, (nchunks, _triton.cdiv(nheads, heads)),
             (self.dt, self.decay, self.bias, self.scale, self.sums, plan.chunks, nheads, padded, *self.limit,
              *family.strides),
             HEADS=heads, num_warps=2, **family.decays,
@@ -466,10 +449,9 @@ class Call:
         chunk, block = self.family.config.chunk, 1024
         self.launch(
             combine_kernel, (nheads, _triton.cdiv(headdim * d_state, block), plan.sequences.shape[0]),
-            (ends, initial, starts, self.sums, inner, plan.sequences, nheads, headdim * d_state, self.padded),
-            (reverse, initial is None), Q=chunk, CHUNKS=configs.power_of_two(plan.piece // chunk), BLOCK=block,
-            PIECES=plan.pieces, REVERSE=reverse, INNER=not plan.ragged, HAS_INITIAL=initial is not None,
-            AT_ONCE=SEGMENTS_AT_ONCE,
+            (ends, initial, starts, self.sums, plan.segments, plan.sequences, nheads, headdim * d_state, self.padded),
+            (reverse, initial is None), Q=chunk, CHUNKS=configs.power_of_two(plan.segment // chunk), BLOCK=block,
+            REVERSE=reverse, INNER=not plan.ragged, HAS_INITIAL=initial is not None, AT_ONCE=SEGMENTS_AT_ONCE,
         )  # fmt: skip
         return starts
 

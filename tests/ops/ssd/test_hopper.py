@@ -61,14 +61,11 @@ def test_float16(case: str, hopper: list[str]) -> None:
     assert set(hopper) >= KERNELS
 
 
-@pytest.mark.parametrize(("lengths", "pieces"), [(None, 1), (None, 2), ([150, 0, 20, 200], 2)], ids=str)
-def test_split_sequences(
-    lengths: list[int] | None, pieces: int, hopper: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("lengths", [None, [150, 0, 20, 200]], ids=str)
+def test_split_sequences(lengths: list[int] | None, hopper: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from dualscan.ops.ssd import triton_scan
 
     monkeypatch.setattr(triton_scan, "_segment", lambda *_: 128)
-    monkeypatch.setattr(triton_scan, "_pieces", lambda *_: pieces)
     compare(BFLOAT16, {"seqlen": 330, "states": True, "lengths": lengths})
     assert "combine_kernel" in hopper
 
