@@ -1,5 +1,6 @@
 """The language model: embedding, a pattern of residual blocks, final norm, output projection."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -15,7 +16,9 @@ from dualscan.nn.block import keep_in, read_blocks, step_blocks
 from dualscan.nn.hybrid.shared import SharedBlock
 from dualscan.nn.norm import RMSNorm, add_and_norm, project_normed
 from dualscan.nn.precision import apply_linear, is_plain_linear, project
+from dualscan.ops._autograd import unwatched
 from dualscan.ops.loss import linear_cross_entropy
+from dualscan.ops.loss.tied import tied_embedding
 
 if TYPE_CHECKING:
     from dualscan.generate.engine import GenerateOutput
@@ -136,15 +139,18 @@ class MambaLM(nn.Module):
         cu_seqlens: Tensor | None,
         reuse_state: bool,
         state_dtype: torch.dtype | None,
+        embed: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
-        """The residual stream after the last layer, what is still to be added to it (None: nothing), and the state."""
+        """The residual stream after the last layer, what is still to be added to it (None: nothing), and the state.
+
+        `embed` may take the embedding's place."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected (batch, seqlen).")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens have dtype {tokens.dtype}; use torch.int64.")
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"the state has {len(state)} layers, the model {len(self.layers)}; use its own state.")
-        h = self._embed(tokens)
+        h = self._embed(tokens, self.embedding if embed is None else embed)
         if h.dtype in (torch.bfloat16, torch.float16):
             h = h.float()
         if self.config.embedding_scale != 1.0:
@@ -158,8 +164,9 @@ class MambaLM(nn.Module):
         states = (None,) * len(layers) if state is None else state
         return read_blocks(layers, h, states, cu_seqlens, state_dtype)
 
-    def _finish(self, h: Tensor, waiting: Tensor | None = None) -> Tensor:
-        dtype, scale = self.output_weight.dtype, self.config.logits_scale
+    def _finish(self, h: Tensor, waiting: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """What the output projection takes, in a dtype, by default that of its weight."""
+        dtype, scale = self.output_weight.dtype if dtype is None else dtype, self.config.logits_scale
         if waiting is None:
             h = self.norm_f(h)
         else:
@@ -175,9 +182,9 @@ class MambaLM(nn.Module):
         """Whether the output projection is its weight and nothing else."""
         return self.lm_head is None or is_plain_linear(self.lm_head)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         try:
-            return self.embedding(tokens)
+            return embed(tokens)
         except IndexError as error:
             rows = self.embedding.num_embeddings
             wrong = tokens[(tokens < 0) | (tokens >= rows)][0].item()
@@ -213,15 +220,42 @@ class MambaLM(nn.Module):
             More than 2^27 logits (0.5 GB in float32, of which a plain loss keeps several copies) exist for a block of
             tokens at a time, and with gradients in the dtype of the hidden states: see `linear_cross_entropy`.
         """
-        hidden, _ = self.hidden_states(tokens, cu_seqlens=cu_seqlens)
         if self._head_is_plain and targets.numel() * self.output_weight.shape[0] > MOST_LOGITS:
-            if torch.is_autocast_enabled(hidden.device.type):
-                hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-            return linear_cross_entropy(
-                hidden, self.output_weight, targets, ignore_index=ignore_index, reduction=reduction
-            )
+            hidden, weight = self._hidden_states_and_head(tokens, cu_seqlens)
+            return linear_cross_entropy(hidden, weight, targets, ignore_index=ignore_index, reduction=reduction)
+        hidden, _ = self.hidden_states(tokens, cu_seqlens=cu_seqlens)
         logits = self.project_out(hidden).flatten(0, 1).float()
         return F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction=reduction)
+
+    def _hidden_states_and_head(self, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Hidden states in the dtype of products, and the output projection's weight for one `linear_cross_entropy`.
+
+        A tied weight gets one gradient, in which the embedding's rows are added to those of the loss.
+        """
+        weight = self.output_weight
+
+        def embed(tokens: Tensor) -> Tensor:
+            nonlocal weight
+            h, weight = tied_embedding(tokens, weight)
+            return h
+
+        h, waiting, _ = self._read(tokens, None, cu_seqlens, False, None, embed if self._may_tie_gradients else None)
+        device = h.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return self._finish(h, waiting, dtype), weight
+
+    @property
+    def _may_tie_gradients(self) -> bool:
+        """Whether the embedding is its tied weight's rows and nothing else, which gets a gradient."""
+        module = self.embedding
+        if self.lm_head is not None or type(module) is not nn.Embedding or "forward" in module.__dict__:
+            return False
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return False
+        if module.max_norm is not None or module.padding_idx is not None or module.sparse or module.scale_grad_by_freq:
+            return False
+        weight = module.weight
+        return torch.is_grad_enabled() and weight.requires_grad and unwatched((weight,))
 
     def generate(self, tokens: Tensor, **options: Any) -> "GenerateOutput":
         """Continues prompts; see `dualscan.generate.engine.generate` for the options."""

@@ -144,6 +144,26 @@ def test_a_loss_in_blocks_has_the_same_gradients(autocast: bool, monkeypatch: py
     assert (found <= allowed + 1e-6).all(), (found, allowed)
 
 
+@pytest.mark.parametrize("case", ["tied", "untied", "hooked", "frozen"])
+def test_a_tied_weight_gets_one_gradient(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding's rows are added to the gradient that the loss leaves, unless there is more to an embedding."""
+    model = model_of("attention first" if case == "untied" else "mamba2").double()
+    model.embedding.weight.requires_grad_(case != "frozen")
+    if case == "hooked":
+        model.embedding.register_forward_hook(lambda module, args, out: 2 * out)
+    tokens = text(2, 12)
+    monkeypatch.setattr(lm, "MOST_LOGITS", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(MambaLM, "_may_tie_gradients", False)
+        expected = gradients(model, tokens)
+    calls = []
+    real = lm.tied_embedding
+    monkeypatch.setattr(lm, "tied_embedding", lambda *given: calls.append(1) or real(*given))
+    found = gradients(model, tokens)
+    assert len(calls) == (case == "tied")
+    assert all(torch.equal(actual, wanted) for actual, wanted in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_dtypes(pattern: str, dtype: torch.dtype) -> None:

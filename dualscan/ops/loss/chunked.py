@@ -22,7 +22,7 @@ from dualscan.ops.loss import torch_softmax
 
 # Tokens of a slice, and the elements of its logits up to which it may have more: where the weight's gradient adds up in
 # 16 bits, where it does in float32 and costs twice the memory traffic a slice, and where nothing is left behind.
-SLICE_LOW, SLICE, SLICE_FORWARD = (1024, 2**25), (2048, 2**26), (512, 2**24)
+SLICE_LOW, SLICE, SLICE_FORWARD = (1024, 2**25), (4096, 2**26), (512, 2**24)
 # Sums in 16 bits are rounded once a slice, so of many tokens a slice has more.
 MOST_ROUNDINGS = 32
 # Rows of the tiles that products are cut into.

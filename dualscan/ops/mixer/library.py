@@ -1,6 +1,6 @@
 """The operator boundary of the mixer: `dualscan::mamba2_mix_fwd` and `_bwd`, with fake kernels, gradient, FLOPs.
 
-Three of the forward's results are there for the backward: what comes out of SSD, and, unless `keep` is false and the
+Four of the forward's results are there for the backward: what comes out of SSD, A, and, unless `keep` is false and the
 backward computes them again, what comes out of the convolution and SSD's states on the way.
 """
 
@@ -22,17 +22,18 @@ _INPUTS = (
 )
 _LIB = torch.library.Library("dualscan", "FRAGMENT")
 _LIB.define(
-    f"mamba2_mix_fwd({_INPUTS}) -> (Tensor y, Tensor conv, Tensor ssm, Tensor scanned, Tensor convolved, Tensor states)"
+    f"mamba2_mix_fwd({_INPUTS}) -> "
+    "(Tensor y, Tensor conv, Tensor ssm, Tensor scanned, Tensor A, Tensor convolved, Tensor states)"
 )
 _LIB.define(
-    f"mamba2_mix_bwd(Tensor? dy, Tensor? dconv, Tensor? dssm, Tensor scanned, Tensor convolved, Tensor states, "
-    f"{_INPUTS}) -> (Tensor dprojected, Tensor dconv_weight, Tensor dconv_bias, Tensor dA_log, Tensor ddt_bias, "
-    "Tensor dD, Tensor dnorm_weight, Tensor dconv_states, Tensor dssm_states)"
+    f"mamba2_mix_bwd(Tensor? dy, Tensor? dconv, Tensor? dssm, Tensor scanned, Tensor A, Tensor convolved, "
+    f"Tensor states, {_INPUTS}) -> (Tensor dprojected, Tensor dconv_weight, Tensor dconv_bias, Tensor dA_log, "
+    "Tensor ddt_bias, Tensor dD, Tensor dnorm_weight, Tensor dconv_states, Tensor dssm_states)"
 )
 # Tensors of the forward that have gradients; cu_seqlens comes after them.
 _DIFFERENTIABLE = 9
-# The backward's first arguments, before those of the forward: three gradients, and three results of the forward.
-_FIRST = 6
+# The backward's first arguments, before those of the forward: three gradients, and four results of the forward.
+_FIRST = 7
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
@@ -86,6 +87,7 @@ def _fake_forward(
         projected.new_empty(nseq, width - 1, channels).transpose(1, 2),
         projected.new_empty(nseq, nheads, headdim, d_state, dtype=torch.float32),
         scanned,
+        A_log.new_empty(A_log.shape, dtype=torch.float32),
         projected.new_empty((batch, seqlen, channels) if values[-1] else 0),
         projected.new_empty(saved_states(scanned, groups, cu_seqlens) if values[-1] else 0),
     )
@@ -112,7 +114,8 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads_out: Any) -> tuple[Tensor | None, ...]:
-        scanned, convolved, states, *inputs = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: unpacking may compute them again
+        kept, inputs = saved[: _FIRST - 3], saved[_FIRST - 3 :]
         nothing = [None] * (1 + len(ctx.values))
         if all(g is None for g in grads_out[:3]):
             return *([None] * _DIFFERENTIABLE), *nothing
@@ -121,7 +124,7 @@ class _Mix(torch.autograd.Function):
                 "Mamba2: create_graph=True asks for a second derivative, which the kernels do not have; use "
                 "Mamba2(impl='quadratic') or impl='recurrent'."
             )
-        grads = _run_back(*grads_out[:3], scanned, convolved, states, *inputs, *ctx.values)
+        grads = _run_back(*grads_out[:3], *kept, *inputs, *ctx.values)
         return *(None if t is None else g for t, g in zip(inputs, grads, strict=False)), *nothing
 
 

@@ -9,11 +9,36 @@ one tensor as well, which is what the convolution takes.
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from dualscan.ops import _triton
+from dualscan.ops._launch import Launcher
 from dualscan.ops.conv1d import triton_conv1d
 from dualscan.ops.norm import triton_norm
 from dualscan.ops.ssd import triton_gradients, triton_scan
+from dualscan.ops.triton_common import LOG2E
+
+
+@triton.jit(do_not_specialize=["count"])
+def rates_kernel(A_log, A, count: tl.int32, BLOCK: tl.constexpr):
+    """Grid `(blocks,)`."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exponent = tl.load(A_log + i, mask=i < count, other=0.0).to(tl.float32)
+    tl.store(A + i, -tl.exp2(exponent * LOG2E), mask=i < count)
+
+
+_rates = Launcher(rates_kernel)
+RATES_BLOCK = 128
+
+
+def rates(A_log: Tensor) -> Tensor:
+    """`A = -exp(A_log)`, float32, as one launch: a layer has few heads, so that launches are all it costs."""
+    A_log, A = A_log.contiguous(), torch.empty(A_log.shape, dtype=torch.float32, device=A_log.device)
+    with _triton.on_device(A):
+        _rates((-(-A.numel() // RATES_BLOCK), 1, 1), (A_log, A), (A.numel(),), (RATES_BLOCK,), 1)
+    return A
 
 
 class Columns(NamedTuple):
@@ -49,24 +74,25 @@ def forward(
     norm_weight: Tensor, conv_states: Tensor | None, ssm_states: Tensor | None, cu_seqlens: Tensor | None,
     ngroups: int, norm_group: int, norm_before_gate: bool, eps: float, dt_min: float, dt_max: float, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`y`, the final states of the convolution and of SSD, and what came out of SSD.
+    """`y`, the final states of the convolution and of SSD, what came out of SSD, and A.
 
     And, to `keep` for the backward, what came out of the convolution, and SSD's states on the way."""
+    A = rates(A_log)
     nheads, d_inner = A_log.shape[0], norm_weight.shape[0]
     z, xBC, dt = columns(projected, d_inner, conv_weight.shape[0], nheads)
     convolved, conv = triton_conv1d.forward(xBC, conv_weight.squeeze(1), conv_bias, conv_states, cu_seqlens, True)
     x, B, C = channels(convolved, d_inner, nheads, ngroups)
     scanned, ssm, states = triton_scan.forward(
-        x, dt, A_log.exp().neg_(), B, C, D, dt_bias, ssm_states, cu_seqlens, True, dt_min, dt_max, keep
+        x, dt, A, B, C, D, dt_bias, ssm_states, cu_seqlens, True, dt_min, dt_max, keep
     )
     y = triton_norm.forward(scanned.flatten(2), z, norm_weight, norm_group, norm_before_gate, eps)
-    return y, conv, ssm, scanned, convolved if keep else projected.new_empty(0), states
+    return y, conv, ssm, scanned, A, convolved if keep else projected.new_empty(0), states
 
 
 def backward(
-    dy: Tensor | None, dconv: Tensor | None, dssm: Tensor | None, scanned: Tensor, convolved: Tensor, states: Tensor,
-    projected: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, A_log: Tensor, dt_bias: Tensor, D: Tensor,
-    norm_weight: Tensor, conv_states: Tensor | None, ssm_states: Tensor | None, cu_seqlens: Tensor | None,
+    dy: Tensor | None, dconv: Tensor | None, dssm: Tensor | None, scanned: Tensor, A: Tensor, convolved: Tensor,
+    states: Tensor, projected: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, A_log: Tensor, dt_bias: Tensor,
+    D: Tensor, norm_weight: Tensor, conv_states: Tensor | None, ssm_states: Tensor | None, cu_seqlens: Tensor | None,
     ngroups: int, norm_group: int, norm_before_gate: bool, eps: float, dt_min: float, dt_max: float, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of the forward's first nine arguments; an empty tensor for one that was None."""
@@ -84,7 +110,6 @@ def backward(
     dscanned, _, dnorm_weight = triton_norm.backward(
         dy, scanned.flatten(2), z, norm_weight, norm_group, norm_before_gate, eps, dz=grads.z
     )
-    A = A_log.exp().neg_()
     into = {"dt": grads.dt, **channels(dconvolved, d_inner, nheads, ngroups)._asdict()}
     _, _, dA, _, _, dD, ddt_bias, dssm_states = triton_gradients.backward(
         dscanned.view(scanned.shape), dssm, states, x, dt, A, B, C, D, dt_bias, ssm_states,

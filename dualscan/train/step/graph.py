@@ -19,7 +19,7 @@ class GradientGraph:
     """A recorded computation of gradients. The parameters' gradients stay where they are; every replay overwrites them.
 
     Args:
-        gradients: adds gradients to the parameters' and returns the summed loss, for batches and the number of targets.
+        gradients: adds gradients to the parameters' and returns the summed loss, for batches.
         model: whose parameters get the gradients.
         batches: of the sizes that every replay has, on the device.
 
@@ -28,36 +28,34 @@ class GradientGraph:
     """
 
     def __init__(
-        self, gradients: Callable[[Sequence[Batch], Tensor], Tensor], model: nn.Module, batches: Sequence[Batch]
+        self, gradients: Callable[[Sequence[Batch]], Tensor], model: nn.Module, batches: Sequence[Batch]
     ) -> None:
         if not batches[0].tokens.is_cuda:
             raise ValueError(f"a CUDA graph needs a CUDA device, not {batches[0].tokens.device}; leave it out.")
         if any(batch.cu_seqlens is not None for batch in batches):
             raise ValueError("a CUDA graph has fixed sizes, and packed batches have not; use one of the two.")
         self._batches = [Batch(batch.tokens.clone(), batch.targets.clone(), None) for batch in batches]
-        self._count = torch.ones((), device=batches[0].tokens.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARMUP_CALLS):
                 model.zero_grad()
-                gradients(self._batches, self._count)
+                gradients(self._batches)
         torch.cuda.current_stream().wait_stream(stream)
         # Without gradients, the recorded backward makes them in the graph's own memory, and does not add to them.
         model.zero_grad()
         self._graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self._graph, stream=stream):
-                self._nll = gradients(self._batches, self._count)
+                self._nll = gradients(self._batches)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"the model cannot be recorded as a CUDA graph ({reason}); train it without.") from error
 
-    def __call__(self, batches: Sequence[Batch], count: Tensor) -> Tensor:
+    def __call__(self, batches: Sequence[Batch]) -> Tensor:
         """Replays the graph on batches from the CPU; the summed loss, which the next call overwrites."""
         for mine, batch in zip(self._batches, batches, strict=True):
             mine.tokens.copy_(batch.tokens.pin_memory(), non_blocking=True)
             mine.targets.copy_(batch.targets.pin_memory(), non_blocking=True)
-        self._count.copy_(count.pin_memory(), non_blocking=True)
         self._graph.replay()
         return self._nll

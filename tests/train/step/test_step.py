@@ -15,8 +15,9 @@ from dualscan.train import step
 from dualscan.train.optim import adamw
 from dualscan.train.runtime import ComputePrecision
 from dualscan.train.step import TrainStep
+from dualscan.train.step.update import Update
 
-FP32 = ComputePrecision(torch.float32, "a test")
+FP32, BF16 = ComputePrecision(torch.float32, "a test"), ComputePrecision(torch.bfloat16, "a test")
 
 
 def model() -> MambaLM:
@@ -148,3 +149,54 @@ def test_reading_keeps_its_numbers() -> None:
     kept = first.values()
     run(batches())
     assert first.values() == kept
+
+
+def test_the_kernel_trains_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipping, decay and the division by the number of targets; what is not finite; weights that change meanwhile."""
+    pytest.importorskip("triton")
+    there = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ours = model().to(there)
+    theirs = copy.deepcopy(ours)
+    run, plain = (TrainStep(m, optimizer(m), precision=FP32, grad_clip=0.5) for m in (ours, theirs))
+    used = []
+    real = Update.__call__
+    monkeypatch.setattr(Update, "__call__", lambda *given: used.append(real(*given)) or used[-1])
+    for i in range(5):
+        given = batches()
+        monkeypatch.setattr(Update, "runs", staticmethod(lambda *_: True))
+        mine = run(given).values()
+        monkeypatch.setattr(Update, "runs", staticmethod(lambda *_: False))
+        assert mine == pytest.approx(plain(given).values(), rel=1e-5)
+        if i == 2:
+            with torch.no_grad():
+                for m in (ours, theirs):
+                    m.embedding.weight.mul_(1.1)
+    assert used == [False, True, True, True, True]  # the first step makes the optimizer's states
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5, msg=name)
+        assert p.grad is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("recorded", [False, True])
+def test_copies_of_weights_train_the_same(recorded: bool) -> None:
+    """Products take the weights as they are: after an update, and after a change by somebody else."""
+    ours = model().cuda()
+    theirs = copy.deepcopy(ours)
+    run, plain = (TrainStep(m, optimizer(m), precision=BF16, grad_clip=1.0) for m in (ours, theirs))
+    plain._copied = list  # pyrefly: ignore[bad-assignment]
+    if recorded:
+        run.record(batches())
+    for i in range(4):
+        given = batches()
+        assert run(given).values() == plain(given).values()
+        if i == 2:
+            with torch.no_grad():
+                for m in (ours, theirs):
+                    m.layers[0].get_parameter("mixer.in_proj.weight").mul_(1.5)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert run._copies is not None
+    assert run._copies.of(ours.layers[0].get_parameter("mixer.in_proj.weight")) is not None
+    run.forget()
+    assert run._copies is None
