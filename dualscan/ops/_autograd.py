@@ -1,7 +1,7 @@
 """What operators share: the autograd function of a pair of them, the short way to a kernel's launcher, and products
 outside of `torch.autocast`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dualscan.ops._launch import rehearsed
+from dualscan.ops._launch import Following, rehearsed
+from dualscan.ops._launch.replay import replayed
 
 Routine = Callable[..., Any]
 
 
-def shortcut(operator: Routine, launcher: Routine) -> Routine:
+def shortcut(operator: Routine, launcher: Routine, following: Following | None = None) -> Routine:
     """`operator`, called below autograd, as a plain call of its `launcher` where only its result matters.
 
     PyTorch's dispatcher converts every argument and result between Python and C++, which takes as long as a launch, and
@@ -23,8 +24,9 @@ def shortcut(operator: Routine, launcher: Routine) -> Routine:
     Args:
         operator: of `torch.ops.dualscan`.
         launcher: what is registered for it on CPU and CUDA.
+        following: as `rehearsed` takes it.
     """
-    launcher = rehearsed(launcher)
+    launcher = replayed(rehearsed(launcher, following))
 
     def call(*args: Any) -> Any:
         if unwatched(args):
@@ -54,16 +56,24 @@ def unwatched(args: Iterable[Any]) -> bool:
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state():
         return False
     for t in args:
-        if isinstance(t, Tensor) and not ((type(t) is Tensor or type(t) is Parameter) and (t.is_cuda or t.is_cpu)):
+        kind = type(t)
+        if kind is Tensor or kind is Parameter:
+            if not (t.is_cuda or t.is_cpu):
+                return False
+        elif kind not in _PLAIN and isinstance(t, Tensor):
             return False
     return True
+
+
+# Types of what is no tensor: asking `isinstance` takes three times as long where the answer is no.
+_PLAIN = frozenset({type(None), bool, int, float})
 
 
 def asks_for_gradient(args: Iterable[Any]) -> bool:
     """Whether autograd has to know of a call."""
     if torch.is_grad_enabled():
         for t in args:
-            if isinstance(t, Tensor) and t.requires_grad:
+            if t is not None and isinstance(t, Tensor) and t.requires_grad:
                 return True
     return False
 
@@ -93,7 +103,14 @@ def differentiable(
         What to register at the Autograd dispatch key of `forward` (docs/decisions/001).
     """
     pair = forward, backward
-    run, run_back = pair if launchers is None else map(shortcut, pair, launchers)
+    run, run_back = pair
+    if launchers is not None:
+        launch, launch_back = launchers
+
+        def following(results: Sequence[Tensor], args: Sequence[Any]) -> None:
+            launch_back(torch.empty_like(results[0]), None, *results[2:], *args)
+
+        run, run_back = shortcut(forward, launch, following), shortcut(backward, launch_back)
 
     def below(*args: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():

@@ -6,6 +6,14 @@ from typing import Any
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What launchers do is not remembered from one test to the next, which may have replaced a part of it."""
+    from dualscan.ops._launch import replay
+
+    monkeypatch.setattr(replay, "_PROGRAMS", {})
+
+
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skips without Triton. With numpy >= 2.4 an array of one element is no number: the interpreter's loops need it."""

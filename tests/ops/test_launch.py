@@ -98,6 +98,33 @@ def test_a_rehearsal_inside_one_is_part_of_it(stubs: list[str]) -> None:
     assert log == ["compiled", "compiled", "outer launched", "inner launched"]
 
 
+def test_the_backward_of_a_first_call_is_compiled_beside_it(stubs: list[str]) -> None:
+    log: list[str] = []
+    beside = threading.Barrier(2)
+    kernels = [Kernel(name, log, beside) for name in ("forward", "backward")]
+    seen = []
+
+    def launcher(t: Tensor) -> tuple[Tensor]:
+        _triton.Launcher()(kernels[0], (1,), (t,))
+        return (t + 1,)
+
+    def following(results: Any, args: Any) -> None:
+        seen.append((results, args))
+        _triton.Launcher()(kernels[1], (1,), args)
+
+    call, leaf = _launch.rehearsed(launcher, following), torch.ones(2, requires_grad=True)
+    call(leaf)
+    assert log == ["compiled", "compiled", "forward launched"]
+    assert torch.equal(seen[0][0][0], torch.full((2,), 2.0))
+    assert seen[0][1] == (leaf,)
+    call(leaf)
+    assert len(seen) == 1
+    kernels[0].beside = threading.Barrier(1)  # alone, where no gradient is asked for
+    call(torch.ones(2))
+    assert len(seen) == 1
+    assert log[3:] == ["forward launched", "compiled", "forward launched"]
+
+
 def test_who_rehearses() -> None:
     on_gpu = SimpleNamespace(is_cuda=True, is_floating_point=lambda: True)
     assert not _launch._may_rehearse([torch.ones(2), None, 3])

@@ -356,15 +356,15 @@ def _in_parts(
     steps: tuple[bool, tuple[float, float]], size: int,
 ) -> None:  # fmt: skip
     """Writes all gradients, `size` rows of the batch at a time."""
-    parts = []
-    for first in range(0, dy.shape[0], size):
+    starts = range(0, dy.shape[0], size)
+    parts = {name: t.new_empty((len(starts), *t.shape)) for name, t in grads.shared().items()}
+    for i, first in enumerate(starts):
         rows = slice(first, min(first + size, dy.shape[0]))
-        parts.append({name: torch.empty_like(t) for name, t in grads.shared().items()})
-        own = grads.rows(rows)._replace(**parts[-1])
+        own = grads.rows(rows)._replace(**{name: t[i] for name, t in parts.items()})
         last = None if dfinal is None else dfinal[rows]
         _heads(inputs.rows(rows), own, dy[rows], states, last, None, steps, FEW_WAVES)
     for name, total in grads.shared().items():
-        total.copy_(torch.stack([part[name] for part in parts]).sum(0))
+        total.copy_(parts[name].sum(0))
 
 
 def _heads(

@@ -4,15 +4,17 @@ Triton's own launch binds the arguments, looks at every one of them for a specia
 then it encodes every tensor descriptor anew and goes through four Python functions to the one that it compiled in C for
 the kernel's signature. `Launcher` finds a compiled kernel by the constants, the dtypes and the device: its kernels say
 all else themselves, because sizes and strides have annotated types and are never specialised. `started` calls what was
-compiled in C. `rehearsed` compiles the kernels of a first call side by side.
+compiled in C. `rehearsed` compiles the kernels of a first call side by side; `replay` repeats whole calls.
 """
 
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +29,37 @@ ALIGNED_ELEMENTS = 8
 
 # Starts a compiled kernel, given a grid and the arguments before the kernel's constants.
 Start = Callable[[tuple[int, ...], Sequence[Any]], None]
+# Calls what follows a launcher, given its results and its arguments.
+Following = Callable[[Sequence[Tensor], Sequence[Any]], None]
+
+
+class Watcher(Protocol):
+    """Is told of a thread's launches."""
+
+    def started(self, start: "Started", grid: tuple[int, ...], arguments: Sequence[Any]) -> None: ...
+
+    def spoil(self, obstacle: str) -> None: ...
+
+
+class _Thread(threading.local):
+    """What a thread's launches depend on: whether they only compile, in a rehearsal, and who is told of them."""
+
+    rehearses = False
+    watcher: Watcher | None = None
+
+
+_THREAD = _Thread()
+
+
+@contextmanager
+def watched_by(watcher: Watcher) -> Iterator[None]:
+    """Tells `watcher` of this thread's launches."""
+    before, _THREAD.watcher = _THREAD.watcher, watcher
+    try:
+        yield
+    finally:
+        _THREAD.watcher = before
+
 
 # Encoded tensor descriptors, each with the numbers that follow it: by address, so that no tensor is kept, and by all
 # else that they are made of. Whichever tensor lies at an address later, the same numbers give the same bytes.
@@ -36,10 +69,53 @@ MOST_ENCODED = 4096
 MOST_THREADS = 8
 
 
-def started(compiled: Any, constants: int) -> Start | None:
-    """How to start a kernel again that Triton has just launched on the current GPU.
+class Started:
+    """How to start a kernel again that Triton has just launched on the current GPU, given a grid and arguments.
 
     Hooks on Triton's launches are not called.
+
+    Args:
+        launch: what Triton compiled in C for the kernel's signature.
+        before: its arguments between the stream and the kernel's.
+        constants: the kernel's at its signature's end that are compile-time parameters.
+        described: (place, name, encoding) of every argument that is a tensor descriptor, the last one first.
+        current_stream: the stream that launches on this GPU go to.
+    """
+
+    __slots__ = ("after", "before", "current_stream", "described", "launch")
+
+    def __init__(
+        self,
+        launch: Callable[..., None],
+        before: tuple[Any, ...],
+        constants: int,
+        described: Sequence[tuple[int, str, Callable[[Any], list[Any]]]],
+        current_stream: Callable[[], int],
+    ):
+        self.launch, self.before, self.after = launch, before, (None,) * constants
+        self.described, self.current_stream = described, current_stream
+
+    def __call__(self, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
+        grid = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        if _THREAD.watcher is not None:
+            _THREAD.watcher.started(self, grid, arguments)
+        if self.described:
+            arguments = list(arguments)
+            for place, name, encode in self.described:
+                t = arguments[place]
+                key = (t.base.data_ptr(), name, t.padding, *t.shape, *t.strides)
+                known = _ENCODED.get(key)
+                if known is None:
+                    if len(_ENCODED) >= MOST_ENCODED:
+                        _ENCODED.clear()
+                    known = _ENCODED[key] = encode(t)
+                # From the end, because a descriptor becomes several arguments.
+                arguments[place : place + 1] = known
+        self.launch(*grid, self.current_stream(), *self.before, *arguments, *self.after)
+
+
+def started(compiled: Any, constants: int) -> Started | None:
+    """How to start a kernel again that Triton has just launched on the current GPU.
 
     Args:
         compiled: what the launch returned.
@@ -65,34 +141,11 @@ def started(compiled: Any, constants: int) -> Start | None:
         launch, layouts = inside["launcher"], inside["tensordesc_meta"]
         if None in layouts:
             return None
-        # From the end, because a descriptor becomes several arguments.
-        described = [*zip(sorted(inside["tensordesc_indices"]), layouts, map(repr, layouts), strict=True)][::-1]
-    stream, device = driver.active.get_current_stream, driver.active.get_current_device()
+        encodings = [partial(make_tensordesc_arg, metadata=layout) for layout in layouts]
+        described = [*zip(sorted(inside["tensordesc_indices"]), map(repr, layouts), encodings, strict=True)][::-1]
     before = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata)
-    before, after = (*before, None, None, None), (None,) * constants
-
-    def start(grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
-        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        launch(x, y, z, stream(device), *before, *arguments, *after)
-
-    def start_described(grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
-        expanded = list(arguments)
-        for place, layout, name in described:
-            t = arguments[place]
-            key = (t.base.data_ptr(), name, t.padding, *t.shape, *t.strides)
-            known = _ENCODED.get(key)
-            if known is None:
-                if len(_ENCODED) >= MOST_ENCODED:
-                    _ENCODED.clear()
-                known = _ENCODED[key] = make_tensordesc_arg(t, layout)
-            expanded[place : place + 1] = known
-        start(grid, expanded)
-
-    return start_described if described else start
-
-
-# Whether this thread rehearses: its launches compile only.
-_REHEARSAL = threading.local()
+    stream = partial(driver.active.get_current_stream, driver.active.get_current_device())
+    return Started(launch, (*before, None, None, None), constants, described, stream)
 
 
 def first_launch(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], **options: Any) -> Any:
@@ -101,13 +154,15 @@ def first_launch(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], *
     Returns:
         The compiled kernel; None in the interpreter and in a rehearsal.
     """
-    if getattr(_REHEARSAL, "runs", False):
+    if _THREAD.watcher is not None:
+        _THREAD.watcher.spoil("a kernel is not started by what was compiled in C")
+    if _THREAD.rehearses:
         kernel.run(*arguments, grid=grid, warmup=True, **options)
         return None
     return kernel[grid](*arguments, **options)
 
 
-def rehearsed(launcher: Callable[..., Any]) -> Callable[..., Any]:
+def rehearsed(launcher: Callable[..., Any], following: Following | None = None) -> Callable[..., Any]:
     """`launcher`, whose first call on a GPU compiles all of its kernels side by side before it launches one.
 
     Triton compiles a kernel at its first launch, and the C function that starts it: a second for each, most of it in
@@ -116,15 +171,17 @@ def rehearsed(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         launcher: starts kernels by this module's or `_triton`'s launchers, and changes nothing that it is given.
+        following: calls the launcher of the backward, given the results and the arguments of a forward: where one of
+            these asks for a gradient, its kernels are compiled beside the forward's.
     """
-    waiting = True
+    done: set[bool] = set()
 
     def call(*args: Any) -> Any:
-        nonlocal waiting
-        if waiting and _may_rehearse(args):
-            waiting = False
-            if not getattr(_REHEARSAL, "runs", False):  # else this call is part of another's
-                _rehearse(launcher, args)
+        trains = following is not None and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+        if trains not in done and _may_rehearse(args):
+            done.add(trains)
+            if not _THREAD.rehearses:  # else this call is part of another's
+                _rehearse(launcher, args, following if trains else None)
         return launcher(*args)
 
     return call
@@ -136,7 +193,7 @@ def _may_rehearse(args: Iterable[Any]) -> bool:
     return any(t.is_cuda for t in tensors) and all(t.is_floating_point() for t in tensors)
 
 
-def _rehearse(launcher: Callable[..., Any], args: Sequence[Any]) -> None:
+def _rehearse(launcher: Callable[..., Any], args: Sequence[Any], following: Following | None) -> None:
     import triton
     from triton.runtime import driver
 
@@ -153,13 +210,22 @@ def _rehearse(launcher: Callable[..., Any], args: Sequence[Any]) -> None:
 
             return super().submit(whole)
 
-    _REHEARSAL.runs = True
+    _THREAD.rehearses = True
     try:
         # What does not compile will say so at its launch.
         with Pool(min(MOST_THREADS, os.cpu_count() or 1)) as pool, side_by_side(pool, ignore_errors=True):
-            launcher(*args)
+            results = launcher(*args)
+            if following is not None:
+                following(results, args)
     finally:
-        _REHEARSAL.runs = False
+        _THREAD.rehearses = False
+
+
+def _start(compiled: Any, constants: tuple[Any, ...], grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
+    """Starts a compiled kernel by way of Triton's Python."""
+    if _THREAD.watcher is not None:
+        _THREAD.watcher.spoil("a kernel is not started by what was compiled in C")
+    compiled[grid](*arguments, *constants)
 
 
 class Launcher:
@@ -203,7 +269,7 @@ class Launcher:
         compiled = first_launch(self.kernel, grid, everything, num_warps=warps, maxnreg=registers)
         if compiled is not None and pointers % ALIGNMENT == 0:
             start = started(compiled, len(constants))
-            self._compiled[key] = start or (lambda grid, arguments: compiled[grid](*arguments, *constants))
+            self._compiled[key] = start or partial(_start, compiled, constants)
 
 
 def row_alignment(*extents: int) -> int:
