@@ -5,15 +5,21 @@ A graph is recorded once a generation, when the first step has been started, and
 logits and state keep their addresses: what a step returns elsewhere in memory is copied to where it came from. A model
 whose state grows with the text (attention) or that looks at values on the host on the way (experts) goes on step by
 step. Nothing here waits for the device, which may still be reading the prompts meanwhile.
+
+Since nobody else sees the state any more, that of layers whose kernels can do so is written once every few tokens.
 """
 
 import logging
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from dualscan.nn.mamba2 import Mamba2State
+from dualscan.nn.step import describe
 
 if TYPE_CHECKING:
     from dualscan.models.lm import MambaLM
@@ -50,24 +56,25 @@ class Stepper:
             place.copy_(tokens[:, None])
             graph.replay()
             return logits
-        shapes = [t.shape for t in _tensors(self._state)] if self._record else None
-        logits, self._state = self._model(tokens[:, None], state=self._state, reuse_state=True)
+        before = self._state
+        shapes = [t.shape for t in _tensors(before)] if self._record else None
+        logits, self._state = self._model(tokens[:, None], state=before, reuse_state=True)
         if self._record:
             self._record = False
             if shapes == [t.shape for t in _tensors(self._state)]:
-                self._capture(tokens)
+                self._capture(tokens, deferred(self._model.layers, before, self._state))
         return logits[:, -1]
 
-    def _capture(self, tokens: Tensor) -> None:
-        """Records the next step. Nothing runs: the state stays as it is, also where recording fails."""
+    def _capture(self, tokens: Tensor, state: tuple[Any, ...]) -> None:
+        """Records the next step, from `state` on. Nothing runs: where recording fails, the state is still `_state`."""
         graph, place = torch.cuda.CUDAGraph(), tokens[:, None].clone()
         try:
             # Not `torch.cuda.graph`: that waits for the device and gives the allocator's memory back first.
             with torch.cuda.device(tokens.device), torch.cuda.stream(_recording_stream(tokens.device)):
                 graph.capture_begin()
                 try:
-                    logits, after = self._model(place, state=self._state, reuse_state=True)
-                    for old, new in zip(_tensors(self._state), _tensors(after), strict=True):
+                    logits, after = self._model(place, state=state, reuse_state=True)
+                    for old, new in zip(_tensors(state), _tensors(after), strict=True):
                         if new.data_ptr() != old.data_ptr():
                             old.copy_(new)
                 finally:
@@ -75,7 +82,25 @@ class Stepper:
         except RuntimeError as problem:
             logger.info("steps are not replayed from a CUDA graph: %s", str(problem).strip().splitlines()[0])
             return
-        self._recording = graph, place, logits[:, -1]
+        self._state, self._recording = state, (graph, place, logits[:, -1])
+
+
+def deferred(layers: Iterable[Any], before: Sequence[Any], after: Sequence[Any]) -> tuple[Any, ...]:
+    """The states `after` a step, those of SSD to be written once every few tokens from now on where kernels can do so.
+
+    That asks for layers whose state the step changed where it was `before`: they go through a GPU's kernels.
+    """
+    states, count = list(after), None
+    for i, (layer, old, new) in enumerate(zip(layers, before, after, strict=True)):
+        if not isinstance(new, Mamba2State) or new.ssm is not old.ssm:
+            continue
+        from dualscan.ops.decode import triton_fused
+
+        described = describe(layer.mixer, layer.norm)
+        if len(new.ssm) >= triton_fused.DEFERRED_ROWS and triton_fused.takes(*described, *new):
+            count = torch.zeros(1, dtype=torch.int32, device=new.ssm.device) if count is None else count
+            states[i] = triton_fused.defer(*described, *new, count)
+    return tuple(states)
 
 
 @cache

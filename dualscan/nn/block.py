@@ -102,8 +102,8 @@ def set_recompute(model: nn.Module, recompute: Recompute) -> None:
 
     Args:
         model: any module with `Block`s in it.
-        recompute: "none", "activations" or "block"; of mixers other than Mamba-2, "activations" only drops the
-            input, which is normalised again.
+        recompute: "none", "convolution", "activations" or "block"; of mixers other than Mamba-2, "activations" only
+            drops the input, which is normalised again, and "convolution" nothing.
 
     Raises:
         ValueError: another value.
@@ -250,15 +250,16 @@ def _step_on_gpu(blocks: Iterable[Any], h: Tensor, states: Sequence[Any]) -> tup
     for block, state in zip(blocks, states, strict=True):
         if _may_merge(block) and block.mixer.in_proj.weight.dtype in DTYPES:
             layer, sizes = describe(block.mixer, block.norm)
-            dtype = layer.in_weight.dtype
-            conv, ssm = state.conv.to(dtype).transpose(1, 2).contiguous().transpose(1, 2), state.ssm.contiguous()
-            stream, waiting = triton_step.step(stream, waiting, layer, sizes, conv, ssm)
-            after.append(Mamba2State(conv, ssm))
+            if isinstance(state, Mamba2State):  # else it is deferred
+                conv = state.conv.to(layer.in_weight.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+                state = Mamba2State(conv, state.ssm.contiguous())
+            stream, waiting = triton_step.step(stream, waiting, layer, sizes, *state)
         else:
             stream = triton_step.settle(stream, waiting)
             (h, state), waiting = block(stream.unsqueeze(1), state), None
             stream = h[:, 0]
-            after.append(state)
+        after.append(state)
+    triton_step.count(after)
     return triton_step.settle(stream, waiting).unsqueeze(1), tuple(after)
 
 

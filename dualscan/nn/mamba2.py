@@ -16,7 +16,7 @@ from dualscan.nn.features import FeatureMap
 from dualscan.nn.precision import Float32Parameters, apply_linear, is_plain_linear
 from dualscan.nn.step import mamba2_step
 from dualscan.ops import mixer
-from dualscan.ops._recompute import check_recompute, recomputed, recomputes_activations
+from dualscan.ops._recompute import check_recompute, recomputed, recomputes_activations, recomputes_convolution
 from dualscan.ops.conv1d import causal_conv1d
 from dualscan.ops.conv1d.validate import MAX_WIDTH
 from dualscan.ops.norm import gated_rms_norm
@@ -81,9 +81,9 @@ class Mamba2(Float32Parameters):
         conv_bias: bias on the convolution.
         projection_scales: factors of what in_proj gives for z, x, B, C and dt; None has none.
         impl: implementation of SSD over sequences, as in `ssd`; an attribute that may be changed later.
-        recompute: what the backward computes again instead of keeping it: "none" nothing, "activations" the outputs of
-            convolution and norm, "block" all but the layer's input. An attribute that may be changed later; for what it
-            costs see `dualscan.models.accounting.training_memory`.
+        recompute: what the backward computes again instead of keeping it: "none" nothing, "convolution" its output and
+            SSD's states on the way, "activations" these and the norm's output, "block" all but the layer's input. An
+            attribute that may be changed later; for what it costs see `dualscan.models.accounting.training_memory`.
 
     Raises:
         ValueError: sizes that do not divide, or an unknown `recompute`.
@@ -211,7 +211,7 @@ class Mamba2(Float32Parameters):
             cu_seqlens=cu_seqlens,
         )
         convolved, conv_state = convolve()
-        with self._kept(convolved, lambda: convolve().y):
+        with self._kept(convolved, lambda: convolve().y, recomputes_convolution(self.recompute)):
             y, ssm_state = self._mix(convolved, dt, None if state is None else state.ssm, cu_seqlens)
         gate = partial(self._gate, y, z)
         gated = gate()
@@ -246,15 +246,18 @@ class Mamba2(Float32Parameters):
             conv_states=None if state is None else state.conv.to(zxbcdt.dtype),
             ssm_states=None if state is None else state.ssm,
             cu_seqlens=cu_seqlens,
-            keep=not recomputes_activations(self.recompute),
+            keep=not recomputes_convolution(self.recompute),
         )
         with self._kept(gated, lambda: self._gate(scanned.flatten(2), zxbcdt[..., : self.d_inner])):
             y = apply_linear(self.out_proj, gated)
         return y, Mamba2State(conv_state, ssm_state)
 
-    def _kept(self, value: Tensor, again: Callable[[], Tensor]) -> AbstractContextManager[None]:
-        """Inside, `value` is kept for the backward, or how to compute it again."""
-        return recomputed(value, again) if recomputes_activations(self.recompute) else nullcontext()
+    def _kept(
+        self, value: Tensor, again: Callable[[], Tensor], recompute: bool | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside, `value` is kept for the backward, or how to compute it again: with "activations", unless said."""
+        recompute = recomputes_activations(self.recompute) if recompute is None else recompute
+        return recomputed(value, again) if recompute else nullcontext()
 
     def _gate(self, y: Tensor, z: Tensor) -> Tensor:
         return y * F.silu(z) if self.norm is None else self.norm(y, z)

@@ -4,13 +4,21 @@ What `triton_step` does in six, with as few passes over memory as the sums betwe
 
 1. `add_kernel` adds the layer before to the residual stream and normalises;
 2. `product_kernel` multiplies with the input matrix; x, B and C go through the convolution before they are stored;
-3. `state_kernel` updates the state and gates what it reads from it;
+3. `state_kernel` updates the state, or defers that, and gates what it reads from it;
 4. `product_kernel` multiplies with the output matrix.
 
 The gated norm needs a sum over all heads, which is known after the third. Its division by the root mean square is the
 same factor for a whole row, so that it passes through the product, W (w g / rms) = (W (w g)) / rms, to the first launch
 of the layer after. So does the sum of the output matrix's products with parts of the row: as one, they are too few
 programs to read the matrix fast. What waits for both is a `Pieces`. Sums have a fixed order: results repeat bitwise.
+
+What a token costs with many rows is the state, read and written. The duality of the paper (arXiv 2405.21060, section 6)
+takes most of the writing out of it. Of a state S that was last written before token 0, token j reads
+
+    y_j = exp(a_0 + ... + a_j) S C_j + sum_{i <= j} exp(a_{i+1} + ... + a_j) dt_i (C_j . B_i) x_i + D x_j
+
+with a the log-decays: the chunked form, at decoding time. So a `Deferred` state is written once every `KEPT` tokens,
+whose x, B, dt and a are `Kept` until then, and a bfloat16 state is rounded as seldom.
 """
 
 import math
@@ -34,8 +42,17 @@ MOST_ROWS = 32
 # The products: rows of the matrix and columns at once, loads in flight, warps, and parts of the output matrix's row
 # (H100, 2.7B, 2026-11-28; batch 1 and 32 have the same optimum).
 WIDE, DEEP, STAGES, WARPS, PARTS = 64, 128, 4, 4, 4
-# Numbers of a head's state that a program has, and warps, by the state's dtype (likewise).
-STATE_TILES = {torch.bfloat16: (2048, 1), torch.float32: (8192, 8)}
+# Numbers of a head's state that a program has, warps, and the most registers, by the state's dtype (likewise).
+STATE_TILES = {torch.bfloat16: (2048, 1, None), torch.float32: (8192, 8, None)}
+# The same where it is deferred: more numbers, as every program reads its group's B of all tokens that are kept.
+DEFERRED_TILES = {torch.bfloat16: (4096, 4, None), torch.float32: (4096, 4, 96)}
+# Rows from which on states are deferred: fewer wait for launches and not for memory.
+DEFERRED_ROWS = 4
+# Tokens from one write of a state to the next, a power of two. Beside reading S, a token reads what is kept, for a head
+# of 64 channels and 128 columns 0.8% of a bfloat16 state for each of K / 2 tokens on average, and writes S / K. By the
+# bytes 16 is best, by the H100's clock 8, because what is kept is also computed with. All of it takes 7% of the memory
+# of bfloat16 states, 3.5% of float32 ones.
+KEPT = 8
 STATES = (16, 32, 64, 128, 256)
 ADD_WARPS = 8
 
@@ -54,6 +71,34 @@ class Pieces(NamedTuple):
     squares: Tensor
     d_inner: int
     eps: float
+
+
+class Kept(NamedTuple):
+    """The tokens since a state was last written; slots from the first that is free on are never read.
+
+    Attributes:
+        x: `(batch, KEPT, d_inner)` in the matrices' dtype, behind the convolution as the next.
+        B: `(batch, KEPT, ngroups * d_state)` likewise.
+        dt: `(batch, nheads, KEPT)` float32, step sizes.
+        sums: `(batch, nheads, KEPT)` float64, log2 of the decay from S up to each token: what later tokens take the
+            difference to, which is exact enough whatever was forgotten before.
+        count: `(1,)` int32, tokens so far, one for all layers: `count % KEPT` of them are kept. It lies on the device,
+            so that a graph of a step serves every token.
+    """
+
+    x: Tensor
+    B: Tensor
+    dt: Tensor
+    sums: Tensor
+    count: Tensor
+
+
+class Deferred(NamedTuple):
+    """A layer's states, that of SSD as it was before the tokens in `kept`."""
+
+    conv: Tensor
+    ssm: Tensor
+    kept: Kept
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -102,34 +147,77 @@ def product_kernel(
 
 @triton.jit
 def state_kernel(
-    state, projected, A_log, dt_bias, D, weight, gated, squares,
+    state, projected, A_log, dt_bias, D, weight, gated, squares, kept_x, kept_B, kept_dt, kept_sums, count,
     NHEADS: tl.constexpr, GROUPS: tl.constexpr, HEADDIM: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    KEPT: tl.constexpr,
 ):  # fmt: skip
     """One token: P rows of one head's state (HEADDIM, N), changed where it is. Grid `(NHEADS * HEADDIM / P, batch)`.
 
     `projected` (batch, columns) holds z, x, B, C and dt, after the convolution. With y the output of SSD:
     g = y SiLU(z), `gated` (batch, NHEADS * HEADDIM) = weight g, and `squares` (batch, programs) are sums of g^2.
+    KEPT is 0, or the tokens of a `Kept`, and then the last of them alone changes the state.
     """
     INNER: tl.constexpr = NHEADS * HEADDIM
     BLOCKS: tl.constexpr = HEADDIM // P
+    SHARING: tl.constexpr = NHEADS // GROUPS
     b, h, n = tl.program_id(1).to(tl.int64), tl.program_id(0) // BLOCKS, tl.arange(0, N)
-    channel = tl.program_id(0) * P + tl.arange(0, P)
-    place = state + (b * INNER + channel[:, None]) * N + n[None, :]
-    previous = tl.load(place).to(tl.float32)
+    p, first, group = tl.arange(0, P), tl.program_id(0) * P, h // SHARING
+    if KEPT > 0:
+        position = tl.load(count) & (KEPT - 1)
+    place = state + (b * INNER + first) * N + (p[:, None] * N + n[None, :])
+    previous = tl.load(place)
     row = projected + b * (2 * INNER + 2 * GROUPS * N + NHEADS)
-    scale, _ = step_size(
-        tl.load(row + 2 * INNER + 2 * GROUPS * N + h).to(tl.float32), tl.load(dt_bias + h), 0.0, 0.0, True, False
-    )
-    decay = tl.exp2(tl.maximum(-scale * tl.exp(tl.load(A_log + h)), LOWEST) * LOG2E)
-    value = tl.load(row + INNER + channel).to(tl.float32)
-    key_place = row + 2 * INNER + h // (NHEADS // GROUPS) * N + n
+    here = row + first
+    raw, bias = tl.load(row + 2 * INNER + 2 * GROUPS * N + h).to(tl.float32), tl.load(dt_bias + h)
+    rate = tl.load(A_log + h)
+    value = tl.load(here + INNER + p).to(tl.float32)
+    if KEPT > 0:
+        tl.debug_barrier()  # Else the compiler has the state wait for the position.
+        i = tl.arange(0, KEPT)
+        before = i < position
+        kept_x += b * (KEPT * INNER) + first
+        kept_B += b * (KEPT * GROUPS * N) + group * N
+        kept_dt += (b * NHEADS + h) * KEPT
+        kept_sums += (b * NHEADS + h) * KEPT
+        keys = tl.load(kept_B + (i[:, None] * (GROUPS * N) + n[None, :]), mask=before[:, None], other=0.0)
+        values = tl.load(kept_x + (i[:, None] * INNER + p[None, :]), mask=before[:, None], other=0.0)
+        scales = tl.load(kept_dt + i, mask=before, other=0.0)
+        sums = tl.load(kept_sums + i, mask=before, other=0.0)
+        total = tl.load(kept_sums + position - 1, mask=position > 0, other=0.0)
+    key_place = row + 2 * INNER + group * N + n
     key, query = tl.load(key_place).to(tl.float32), tl.load(key_place + GROUPS * N).to(tl.float32)
-    current = previous * decay + (value * scale)[:, None] * key[None, :]
-    tl.store(place, current.to(state.dtype.element_ty))
-    z = tl.load(row + channel).to(tl.float32)
-    g = (tl.sum(current * query[None, :], 1) + tl.load(D + h) * value) * (z * sigmoid(z))
+    scale, _ = step_size(raw, bias, 0.0, 0.0, True, False)
+    log_decay = tl.maximum(-scale * tl.exp(rate), LOWEST) * LOG2E
+    if KEPT == 0:
+        current = previous.to(tl.float32) * tl.exp2(log_decay) + (value * scale)[:, None] * key[None, :]
+        tl.store(place, current.to(state.dtype.element_ty))
+        y = tl.sum(current * query[None, :], 1)
+    else:
+        total += log_decay.to(tl.float64)
+        factors = tl.exp2((total - sums).to(tl.float32)) * scales * tl.sum(keys.to(tl.float32) * query[None, :], 1)
+        y = tl.sum(previous.to(tl.float32) * query[None, :], 1) * tl.exp2(total.to(tl.float32))
+        y += tl.sum(values.to(tl.float32) * factors[:, None], 0) + value * (scale * tl.sum(key * query, 0))
+        if position < KEPT - 1:
+            # What nobody reads in this launch.
+            tl.store(kept_x + position * INNER + p, value.to(kept_x.dtype.element_ty))
+            if tl.program_id(0) % BLOCKS == 0:
+                tl.store(kept_dt + position, scale)
+                tl.store(kept_sums + position, total)
+            if tl.program_id(0) % (BLOCKS * SHARING) == 0:
+                tl.store(kept_B + position * (GROUPS * N) + n, key.to(kept_B.dtype.element_ty))
+        else:
+            # Once more, from a cache: the sum above need not keep it in registers.
+            current = tl.load(place).to(tl.float32) * tl.exp2(total.to(tl.float32))
+            current += (value * scale)[:, None] * key[None, :]
+            for token in range(KEPT - 1):
+                factor = tl.exp2((total - tl.load(kept_sums + token)).to(tl.float32)) * tl.load(kept_dt + token)
+                key = tl.load(kept_B + token * (GROUPS * N) + n).to(tl.float32)
+                current += (tl.load(kept_x + token * INNER + p).to(tl.float32) * factor)[:, None] * key[None, :]
+            tl.store(place, current.to(state.dtype.element_ty))
+    z = tl.load(here + p).to(tl.float32)
+    g = (y + tl.load(D + h) * value) * (z * sigmoid(z))
     tl.store(squares + b * (NHEADS * BLOCKS) + tl.program_id(0), tl.sum(g * g, 0))
-    tl.store(gated + b * INNER + channel, (g * tl.load(weight + channel)).to(gated.dtype.element_ty))
+    tl.store(gated + b * INNER + first + p, (g * tl.load(weight + first + p)).to(gated.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -183,24 +271,57 @@ def takes(layer: Parameters, sizes: Sizes, conv: Tensor, ssm: Tensor) -> bool:
     )
 
 
-def mix(u: Tensor, layer: Parameters, sizes: Sizes, conv: Tensor, ssm: Tensor) -> Pieces:
-    """One token through a mixer; arguments as in `triton_step.mix`, its result is still to be added up."""
-    (batch, nheads, headdim, d_state), channels = ssm.shape, conv.shape[1]
-    d_inner, columns = nheads * headdim, len(layer.in_weight)
-    numbers, warps = STATE_TILES[ssm.dtype]
-    rows = math.gcd(numbers // d_state, headdim)
-    projected, gated = u.new_empty(batch, columns), u.new_empty(batch, d_inner)
-    pieces = u.new_empty(PARTS, batch, u.shape[1], dtype=torch.float32)
-    squares = u.new_empty(batch, d_inner // rows, dtype=torch.float32)
+def defer(layer: Parameters, sizes: Sizes, conv: Tensor, ssm: Tensor, count: Tensor) -> Deferred:
+    """States that are written once every `KEPT` tokens from now on.
+
+    Args:
+        layer: as in `mix`, with all else that `takes` takes.
+        sizes: likewise.
+        conv: likewise; taken over.
+        ssm: likewise.
+        count: `(1,)` int32 zero, which whoever steps adds one to when all layers have taken a token.
+    """
+    (batch, nheads, headdim, d_state), like = ssm.shape, layer.in_weight
+    x, B = (like.new_empty(batch, KEPT, width) for width in (nheads * headdim, sizes.ngroups * d_state))
+    dt, sums = (ssm.new_empty(batch, nheads, KEPT, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    kept = Kept(x, B, dt, sums, count)
+    with _triton.on_device(ssm):
+        # For no row, and so no program: a kernel must not be loaded as late as while a graph is recorded.
+        _step_state(0, ssm, x, layer, sizes, x, dt, kept)
+    return Deferred(conv, ssm, kept)
+
+
+def mix(u: Tensor, layer: Parameters, sizes: Sizes, conv: Tensor, ssm: Tensor, kept: Kept | None = None) -> Pieces:
+    """One token through a mixer; arguments as in `triton_step.step`, its result is still to be added up."""
+    (d_model, d_inner), batch, channels = layer.out_weight.shape, len(u), conv.shape[1]
+    projected, gated = u.new_empty(batch, len(layer.in_weight)), u.new_empty(batch, d_inner)
+    pieces = u.new_empty(PARTS, batch, d_model, dtype=torch.float32)
+    squares = u.new_empty(batch, d_inner // _state_tile(ssm, kept)[0], dtype=torch.float32)
     with _triton.on_device(u):
         _multiply(u, layer.in_weight, projected, (conv, layer.conv_weight, layer.conv_bias), d_inner, channels)
-        _state(
-            (d_inner // rows, batch, 1),
-            (ssm, projected, layer.A_log, layer.dt_bias, layer.D, layer.norm_weight, gated, squares), (),
-            (nheads, sizes.ngroups, headdim, d_state, rows), warps,
-        )  # fmt: skip
+        _step_state(batch, ssm, projected, layer, sizes, gated, squares, kept)
         _multiply(gated, layer.out_weight, pieces)
     return Pieces(pieces, squares, d_inner, sizes.norm_eps)
+
+
+def _state_tile(ssm: Tensor, kept: Kept | None) -> tuple[int, int, int | None]:
+    """Rows of a head's state that a program has, its warps, and a thread's registers."""
+    numbers, *limits = (STATE_TILES if kept is None else DEFERRED_TILES)[ssm.dtype]
+    return math.gcd(numbers // ssm.shape[3], ssm.shape[2]), *limits
+
+
+def _step_state(
+    batch: int, ssm: Tensor, projected: Tensor, layer: Parameters, sizes: Sizes, gated: Tensor, squares: Tensor,
+    kept: Kept | None,
+) -> None:  # fmt: skip
+    _, nheads, headdim, d_state = ssm.shape
+    rows, *limits = _state_tile(ssm, kept)
+    slots, tokens = ((None,) * len(Kept._fields), 0) if kept is None else (kept, kept.dt.shape[2])
+    _state(
+        (nheads * headdim // rows, batch, 1),
+        (ssm, projected, layer.A_log, layer.dt_bias, layer.D, layer.norm_weight, gated, squares, *slots), (),
+        (nheads, sizes.ngroups, headdim, d_state, rows, tokens), *limits,
+    )  # fmt: skip
 
 
 def _multiply(

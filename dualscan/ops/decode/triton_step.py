@@ -6,6 +6,9 @@ gated norm. Nothing here looks at the values or at the host's clock, so that the
 in one CUDA graph.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,8 +22,9 @@ Waiting = Tensor | triton_fused.Pieces | None
 
 
 def step(
-    stream: Tensor, waiting: Waiting, layer: Parameters, sizes: Sizes, conv: Tensor, ssm: Tensor
-) -> tuple[Tensor, Waiting]:
+    stream: Tensor, waiting: Waiting, layer: Parameters, sizes: Sizes, conv: Tensor, ssm: Tensor,
+    kept: triton_fused.Kept | None = None,
+) -> tuple[Tensor, Waiting]:  # fmt: skip
     """One token through a block, h + mixer(norm(h)) with h = stream + waiting.
 
     Args:
@@ -30,6 +34,7 @@ def step(
         sizes: what these do not tell.
         conv: `(batch, channels, d_conv - 1)` in the matrices' dtype, time-major in memory; modified.
         ssm: `(batch, nheads, headdim, d_state)`, contiguous; modified.
+        kept: the tokens that `ssm` lacks, of a deferred state; modified.
 
     Returns:
         h, and what is to be added to it.
@@ -42,8 +47,9 @@ def step(
     else:
         total, u = triton_add_norm.forward(stream, waiting, norm, eps, dtype)
         stream = stream if waiting is None else total
-    take = triton_fused.mix if triton_fused.takes(layer, sizes, conv, ssm) else mix
-    return stream, take(u, layer, sizes, conv, ssm)
+    if kept is not None or triton_fused.takes(layer, sizes, conv, ssm):
+        return stream, triton_fused.mix(u, layer, sizes, conv, ssm, kept)
+    return stream, mix(u, layer, sizes, conv, ssm)
 
 
 def settle(stream: Tensor, waiting: Waiting) -> Tensor:
@@ -51,6 +57,13 @@ def settle(stream: Tensor, waiting: Waiting) -> Tensor:
     if isinstance(waiting, triton_fused.Pieces):
         return triton_fused.add(stream, waiting)[0]
     return stream if waiting is None else stream + waiting
+
+
+def count(states: Iterable[Any]) -> None:
+    """Takes note that all layers have taken a token, where some of their states are deferred."""
+    deferred = next((state for state in states if isinstance(state, triton_fused.Deferred)), None)
+    if deferred is not None:
+        deferred.kept.count.add_(1)
 
 
 def mix(u: Tensor, layer: Parameters, sizes: Sizes, conv: Tensor, ssm: Tensor) -> Tensor:
