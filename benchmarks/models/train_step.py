@@ -35,6 +35,7 @@ from dualscan.models.config import ModelConfig
 from dualscan.models.lm import MambaLM
 from dualscan.models.presets import PRESETS, preset
 from dualscan.nn.block import set_recompute
+from dualscan.ops._recompute import Recompute
 from dualscan.train.evaluate import total_nll
 from dualscan.train.optim import adamw
 from dualscan.train.runtime import ComputePrecision
@@ -44,8 +45,8 @@ JOB = "train_step"
 RIVAL = "mamba_ssm"
 MODELS = ("mamba2_130m", "mamba2_370m", "mamba2_1_3b")
 CONTEXTS = (2048, 4096, 8192, 16384, 32768)
-VARIANTS = ("plain", "activations", "block", "graph", "graph+activations")
-PARTS = {"plain", "activations", "block", "graph", "compile"}
+VARIANTS = ("plain", "convolution", "activations", "block", "graph", "graph+convolution", "graph+activations")
+PARTS = {"plain", "convolution", "activations", "block", "graph", "compile"}
 PEAK = 989e12
 BF16 = ComputePrecision(torch.bfloat16, "as measured")
 
@@ -70,7 +71,8 @@ def variant(model: MambaLM, run: TrainStep, name: str, example: list[Batch]) -> 
     """Inside, the model trains in that way."""
     parts = set(name.split("+"))
     try:
-        set_recompute(model, "block" if "block" in parts else "activations" if "activations" in parts else "none")
+        again: tuple[Recompute, ...] = ("block", "activations", "convolution")
+        set_recompute(model, next((name for name in again if name in parts), "none"))
         if "compile" in parts:
             for block in model.layers:
                 block.compile(fullgraph=True)
@@ -129,7 +131,7 @@ def first_backward(name: str, tokens: int, context: int, with_rival: bool) -> No
             model = MambaLM(config)
         batch = next(batches(config, size, context))[0]
         batch = Batch(batch.tokens.cuda(), batch.targets.cuda(), None)
-        for recompute in ("none",) if rival else ("none", "activations"):
+        for recompute in ("none",) if rival else ("none", "convolution", "activations"):
             set_recompute(model, recompute)
             total_nll(rivals.Model(model) if rival else model, batch, BF16).backward()
 

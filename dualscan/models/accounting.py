@@ -156,12 +156,13 @@ def training_memory(
     every token
 
         "none"          4 d + m (d + (e + c + H) + c + 2 e)    the inputs of norms, products, convolution and SSD
+        "convolution"   4 d + m (d + (e + c + H) + 2 e)        all of these but the convolution's output
         "activations"   4 d + m ((e + c + H) + e)              the residual stream, what in_proj and SSD gave
         "block"         4 d                                    the residual stream
 
     (on Hopper GPUs "none" keeps e N / 128 bytes more, SSD's states every 256 tokens), and once, except for "block", the
-    matrices in the dtype of the products where that is not float32. "activations" computes norms and convolution again,
-    "block" everything before out_proj; elementwise work is not counted as FLOPs.
+    matrices in the dtype of the products where that is not float32. "convolution" computes it again, "activations" the
+    norms too, "block" everything before out_proj; elementwise work is not counted as FLOPs.
 
     Args:
         config: the model; layers other than Mamba-2 are not counted.
@@ -185,13 +186,16 @@ def training_memory(
     d, e, conv = config.d_model, config.d_inner, _conv_channels(config, "mamba2")
     weights = _matrix_weights(config, "mamba2")
     projected = e + conv + config.nheads
-    kept = {"none": d + projected + conv + e + e, "activations": projected + e, "block": 0}[check_recompute(recompute)]
+    most = d + projected + conv + e + e
+    kept = {"none": most, "convolution": most - conv, "activations": projected + e, "block": 0}
+    per_token = 4 * d + matrix_bytes * kept[check_recompute(recompute)]
     casts = matrix_bytes * weights if recompute != "block" and matrix_bytes != 4 else 0
-    flops = {"none": 0, "activations": _conv_flops(config, "mamba2", tokens)}
+    convolution = _conv_flops(config, "mamba2", tokens)
+    flops = {"none": 0, "convolution": convolution, "activations": convolution}
     if recompute == "block":
         ssd = forward_flops(*_ssd_sizes(config, 1, tokens))
-        flops["block"] = 2 * (weights - d * e) * tokens + flops["activations"] + ssd
-    return TrainingMemory(layers * (tokens * (4 * d + matrix_bytes * kept) + casts), layers * flops[recompute])
+        flops["block"] = 2 * (weights - d * e) * tokens + convolution + ssd
+    return TrainingMemory(layers * (tokens * per_token + casts), layers * flops[recompute])
 
 
 def step_flops(config: ModelConfig, *, context: int = 0, batch: int = 1) -> int:

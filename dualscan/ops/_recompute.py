@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Recompute = Literal["none", "activations", "block"]
+Recompute = Literal["none", "convolution", "activations", "block"]
 
 
 def check_recompute(recompute: str) -> Recompute:
@@ -25,14 +25,19 @@ def check_recompute(recompute: str) -> Recompute:
         if recompute == known:
             return known
     raise ValueError(
-        f"recompute={recompute!r} is unknown; use 'none' (keep everything), 'activations' (compute cheap values again "
-        f"in the backward) or 'block' (compute whole blocks again)."
+        f"recompute={recompute!r} is unknown; use 'none' (keep everything), 'convolution' (compute its output again in "
+        f"the backward), 'activations' (all cheap values) or 'block' (whole blocks)."
     )
 
 
 def recomputes_activations(recompute: Recompute) -> bool:
     """Whether a layer keeps recipes; under `torch.compile` the partitioner decides what is kept."""
     return recompute == "activations" and not torch.compiler.is_compiling()
+
+
+def recomputes_convolution(recompute: Recompute) -> bool:
+    """Whether a layer keeps a recipe of what comes out of its convolution; under `torch.compile` as above."""
+    return recompute in ("convolution", "activations") and not torch.compiler.is_compiling()
 
 
 @contextmanager

@@ -146,7 +146,7 @@ def test_state_bytes(pattern: str, dtype: torch.dtype) -> None:
         assert held == counted
 
 
-RECOMPUTE = ("none", "activations", "block")
+RECOMPUTE = ("none", "convolution", "activations", "block")
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])

@@ -212,7 +212,7 @@ def test_the_operator_is_traced_whole() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("recompute", ["none", "activations", "block"])
+@pytest.mark.parametrize("recompute", ["none", "convolution", "activations", "block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_layer_takes_it(dtype: torch.dtype, recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Mamba2(128, headdim=64, d_state=64, recompute=recompute).cuda().to(dtype)
