@@ -15,10 +15,10 @@ from dualscan.ops import _triton
 from dualscan.ops._launch import Launcher, row_alignment
 
 # Sorted places that a program adds up, rows that it has under way at once, and its columns: four a thread.
-ROWS, AT_ONCE, COLUMNS, WARPS = 32, 16, 256, 2
-# Blocks of a run and columns that a program of `join_kernel` takes at once. It has the longest run to itself, so it
-# fetches much and has few columns.
-JOINED, JOINED_COLUMNS, JOIN_WARPS = 64, 64, 4
+ROWS, AT_ONCE, COLUMNS, WARPS = 32, 8, 256, 2
+# Blocks that a program of `join_kernel` looks for a run's end in at once, those that it adds up at once, its columns
+# and warps: it has the longest run to itself, so that many threads fetch little each.
+LOOKED, JOINED, JOINED_COLUMNS, JOIN_WARPS = 256, 32, 64, 4
 
 
 @triton.jit(do_not_specialize=["count", "width"])
@@ -32,6 +32,7 @@ def add_rows_kernel(
     before, `[:, 1]` of what begins here, with the row of `total`. The width counts in ALIGN; `order` says which row a
     sorted token is of.
     """
+    tl.static_assert(ROWS % AT_ONCE == 0)
     width = width * ALIGN
     block = tl.program_id(0)
     start = block * ROWS
@@ -41,19 +42,24 @@ def add_rows_kernel(
     sums = tl.zeros([COLUMNS], tl.float32)
     came = True
     for first in range(start, tl.minimum(start + ROWS, count), AT_ONCE):
-        # Everything is on its way before the first sum is stored: no load is moved before a store. Places outside have
-        # the token -1, with the neighbours of those that are looked at.
-        known = (tl.load(tokens + first - 1, mask=first > 0, other=-1),)
-        for r in tl.static_range(AT_ONCE + 1):
-            known += (tl.load(tokens + first + r, mask=first + r < count, other=-1),)
+        # Places outside have the token -1.
+        known, places = (), ()
+        for r in tl.static_range(AT_ONCE + 2):
+            i = first + r - 1
+            token = tl.load(tokens + tl.minimum(tl.maximum(i, 0), count - 1))
+            known += (tl.where((i >= 0) & (i < count), token, -1),)
+        for r in tl.static_range(AT_ONCE):
+            places += (tl.load(order + tl.minimum(first + r, count - 1)).to(tl.int32),)
         tiles, bases = (), ()
         for r in tl.static_range(AT_ONCE):
-            live = first + r < count
-            place = tl.load(order + first + r, mask=live, other=0)
-            tiles += (tl.load(rows + place * width + column, mask=inside & live, other=0.0),)
-            begins = live & (known[r + 1] != known[r])
-            row = total + known[r + 1].to(tl.int64) * width
-            bases += (tl.load(row + column, mask=inside & begins, other=0.0),)
+            token, live = known[r + 1], first + r < count
+            tile = rows + places[r].to(tl.int64) * width
+            tiles += (tl.load(tile + column, mask=inside & live, other=0.0),)
+            row = total + token.to(tl.int64) * width
+            bases += (tl.load(row + column, mask=inside & (live & (token != known[r])), other=0.0),)
+        # All is on its way before the first sum: without this the compiler moves every load to where it is used, and
+        # each is waited for before the next.
+        tl.debug_barrier()
         for r in tl.static_range(AT_ONCE):
             token, live = known[r + 1], first + r < count
             begins, ends = token != known[r], token != known[r + 2]
@@ -68,7 +74,7 @@ def add_rows_kernel(
 @triton.jit(do_not_specialize=["count", "width"])
 def join_kernel(
     total, tokens, shares, count: tl.int32, width: tl.int32,
-    ROWS: tl.constexpr, JOINED: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, LOOKED: tl.constexpr, JOINED: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Grid `(blocks but the last, tiles of columns)`: the sum of the run that begins in the block and goes on."""
     width = width * ALIGN
@@ -78,26 +84,31 @@ def join_kernel(
     last, first = tl.load(tokens + after - 1), tl.load(tokens + start)
     before = tl.load(tokens + start - 1, mask=start > 0, other=-1)
     if (last == token) & ((first != token) | (before != token)):
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = column < width
-        shares += column
-        begun = tl.load(shares + (block.to(tl.int64) * 2 + 1) * width, mask=inside, other=0.0)
-        sums = tl.zeros([JOINED, COLUMNS], tl.float32)
-        i = block + 1 + tl.arange(0, JOINED)
-        own = tl.load(tokens + i.to(tl.int64) * ROWS, mask=i < tl.cdiv(count, ROWS), other=-1) == token
-        next = block + 1
+        # How many blocks it reaches: the tokens are sorted, so those that begin with it follow one another.
+        i = tl.arange(0, LOOKED)
+        reached = 0
         more = True
         while more:
-            live = own[:, None] & inside[None, :]
-            tile = tl.load(shares + (i.to(tl.int64) * 2 * width)[:, None], mask=live, other=0.0)
-            # Whether there are more, while these come: the tokens are sorted, so the first one tells.
-            i += JOINED
-            next += JOINED
-            own = tl.load(tokens + i.to(tl.int64) * ROWS, mask=i < tl.cdiv(count, ROWS), other=-1) == token
-            more = tl.load(tokens + next.to(tl.int64) * ROWS, mask=next < tl.cdiv(count, ROWS), other=-1) == token
+            following = block + 1 + reached + i
+            on = following < tl.cdiv(count, ROWS)
+            own = tl.load(tokens + following.to(tl.int64) * ROWS, mask=on, other=-1) == token
+            found = tl.sum(own.to(tl.int32), 0)
+            reached += found
+            more = found == LOOKED
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = column < width
+        begun = shares + (block.to(tl.int64) * 2 + 1) * width
+        base = tl.load(begun + column, mask=inside, other=0.0)
+        sums = tl.zeros([JOINED, COLUMNS], tl.float32)
+        tile = sums
+        # One time more than there are tiles: one is added while the next comes.
+        for first in range(0, reached + JOINED, JOINED):
+            r = first + tl.arange(0, JOINED)
+            at = begun + (r.to(tl.int64) * 2 + 1)[:, None] * width + column[None, :]
             sums += tile
+            tile = tl.load(at, mask=(r < reached)[:, None] & inside[None, :], other=0.0)
         row = total + token.to(tl.int64) * width
-        tl.store(row + column, (begun + tl.sum(sums, 0)).to(total.dtype.element_ty), mask=inside)
+        tl.store(row + column, (base + tl.sum(sums, 0)).to(total.dtype.element_ty), mask=inside)
 
 
 _add_rows, _join = Launcher(add_rows_kernel), Launcher(join_kernel)
@@ -120,5 +131,5 @@ def add_rows_(total: Tensor, tokens: Tensor, rows: Tensor) -> None:
         if blocks > 1:
             _join(
                 (blocks - 1, -(-width // JOINED_COLUMNS), 1), (total, found, shares),
-                (count, width // align), (ROWS, JOINED, JOINED_COLUMNS, align), JOIN_WARPS,
+                (count, width // align), (ROWS, LOOKED, JOINED, JOINED_COLUMNS, align), JOIN_WARPS,
             )  # fmt: skip

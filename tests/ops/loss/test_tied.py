@@ -13,6 +13,8 @@ from dualscan.ops.loss.tied import add_rows_, tied_embedding
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, torch.float16]
+# How often the tokens occur, for blocks of 4 places: runs that begin and end where blocks do, and some of many blocks.
+RUNS = {"borders": (4, 8, 2, 2, 12, 1, 3, 4, 5, 6), "long": (3, 14, 1, 9, 20), "crossing": (5,) * 9 + (2,)}
 
 
 def drawn(kind: str, count: int) -> Tensor:
@@ -21,6 +23,11 @@ def drawn(kind: str, count: int) -> Tensor:
         return torch.full((count,), 5)
     if kind == "once":
         return torch.randperm(50)[:count]
+    if kind == "random":
+        return torch.randint(50, (count,))
+    if kind in RUNS:
+        sorted_tokens = torch.arange(len(RUNS[kind])).repeat_interleave(torch.tensor(RUNS[kind]))
+        return sorted_tokens[:count][torch.randperm(count)]
     return (50 * torch.rand(count) ** 4).long()
 
 
@@ -68,26 +75,67 @@ def test_the_weight_may_not_change_before_the_backward() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("kind", ["text", "one", "once"])
-@pytest.mark.parametrize("count", [1, 47])
-@pytest.mark.parametrize("width", [24, 13, 1])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows(dtype: torch.dtype, width: int, count: int, kind: str, request: Any, monkeypatch: Any) -> None:
+@pytest.fixture
+def kernels(request: Any, monkeypatch: Any) -> Any:
+    """The kernels' module, with blocks so small that little data has many."""
     pytest.importorskip("triton")
     if not CUDA:
         request.getfixturevalue("interpreter")
     from dualscan.ops.loss import triton_rows
 
-    for name, size in (("ROWS", 4), ("COLUMNS", 16)):
+    sizes = {"ROWS": 4, "AT_ONCE": 2, "COLUMNS": 16, "LOOKED": 4, "JOINED": 2, "JOINED_COLUMNS": 8}
+    for name, size in sizes.items():
         monkeypatch.setattr(triton_rows, name, size)
-    tokens, rows = drawn(kind, count).to(DEVICE), torch.randn(count, width, device=DEVICE).to(dtype)
-    total = torch.randn(50, width, device=DEVICE).to(dtype)
-    expected = total.double().index_put((tokens,), rows.double(), accumulate=True)
+    return triton_rows
+
+
+def check_rows(kernels: Any, total: Tensor, tokens: Tensor, rows: Tensor) -> None:
+    """Against float64, and the same bits twice."""
+    expected = total.double().index_add(0, tokens, rows.double())
     found = [total.clone() for _ in range(2)]
     for each in found:
-        triton_rows.add_rows_(each, tokens, rows)
-    torch.testing.assert_close(found[0], expected.to(dtype))
+        kernels.add_rows_(each, tokens, rows)
+    torch.testing.assert_close(found[0], expected.to(total.dtype))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["text", "one", "once"])
+@pytest.mark.parametrize("count", [1, 47])
+@pytest.mark.parametrize("width", [24, 13, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows(dtype: torch.dtype, width: int, count: int, kind: str, kernels: Any) -> None:
+    tokens, rows = drawn(kind, count).to(DEVICE), torch.randn(count, width, device=DEVICE).to(dtype)
+    check_rows(kernels, torch.randn(50, width, device=DEVICE).to(dtype), tokens, rows)
+
+
+@pytest.mark.parametrize("kind", ["random", "one", *RUNS])
+@pytest.mark.parametrize("count", [3, 4, 5, 32, 47])
+def test_runs(count: int, kind: str, kernels: Any) -> None:
+    tokens = drawn(kind, count).to(DEVICE, torch.int32)
+    check_rows(kernels, torch.randn(50, 10, device=DEVICE), tokens, torch.randn(count, 10, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.float16, torch.float32)], ids=str)
+def test_rows_of_another_dtype(dtypes: tuple[torch.dtype, torch.dtype], kernels: Any) -> None:
+    tokens, rows = drawn("long", 47).to(DEVICE), torch.randn(47, 10, device=DEVICE).to(dtypes[1])
+    check_rows(kernels, torch.randn(50, 10, device=DEVICE).to(dtypes[0]), tokens, rows)
+
+
+def test_sums_are_in_float32(kernels: Any) -> None:
+    # Each alone is less than half a step from 1 to the next float16, and a block's are too.
+    rows = torch.full((47, 10), 2.0**-14, dtype=torch.float16, device=DEVICE)
+    total = torch.ones(50, 10, dtype=torch.float16, device=DEVICE)
+    kernels.add_rows_(total, drawn("one", 47).to(DEVICE), rows)
+    assert torch.equal(total[5], torch.full_like(total[5], 1 + 3 * 2**-10))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_row_that_is_not_finite_is_its_tokens_alone(value: float, kernels: Any) -> None:
+    tokens, rows = drawn("crossing", 47).to(DEVICE), torch.randn(47, 10, device=DEVICE)
+    rows[7] = value
+    total = torch.zeros(50, 10, device=DEVICE)
+    kernels.add_rows_(total, tokens, rows)
+    assert (~total.isfinite()).nonzero()[:, 0].unique().tolist() == [int(tokens[7])]
 
 
 @pytest.mark.parametrize("tokens", [torch.int64, torch.int32], ids=str)
