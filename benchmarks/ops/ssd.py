@@ -431,12 +431,12 @@ def main(argv: list[str] | None = None) -> int:
     print(f"copy {ceiling[0] / 1e12:.2f} TB/s, bfloat16 product {ceiling[1] / 1e12:.0f} TFLOP/s")
     device = common.short_device_name("cuda")
     parts: list[Callable[[], list[dict[str, Any]]]] = [
+        first_call,
         *(partial(sequences, shape, args.repeats, ceiling, tested) for shape in args.shapes),
         partial(decoding, args.repeats, ceiling, tested),
         *(partial(launches, shape, args.repeats) for shape in ("2.7b 8x2048", "2.7b 1x16384") if shape in args.shapes),
         partial(attention, args.repeats),
         partial(simple_gla, args.repeats),
-        first_call,
     ]
     records, failed = list(tests), False
     for part in parts:

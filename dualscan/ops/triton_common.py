@@ -7,9 +7,10 @@ from torch import Tensor
 
 from dualscan.ops._launch import Launcher
 
-# A tile of the sums: many rows, because their number is a chain of dependent steps; 32 columns are a line of memory.
-ROWS = 256
-COLUMNS = 32
+# A tile of the sums: many rows, because their number is a chain of dependent steps, and few columns, because narrow
+# matrices have few tiles else: 8 are a sector of memory.
+ROWS = 1024
+COLUMNS = 8
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SECTOR = tl.constexpr(32)  # bytes that a cache fetches at least
