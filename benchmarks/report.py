@@ -43,8 +43,10 @@ def _find(records: list[Record], **keys: str) -> Record:
 
 
 def _origin(records: list[Record]) -> str:
-    first = records[0]
-    return f"\n*{first['device']}, torch {first['torch']}, {first['date']}, commit {first['commit']}.*\n"
+    """Where records come from; several commits, where a file has those of several runs."""
+    first, commits = records[0], list(dict.fromkeys(r["commit"] for r in records))
+    plural = "s" if len(commits) > 1 else ""
+    return f"\n*{first['device']}, torch {first['torch']}, {first['date']}, commit{plural} {', '.join(commits)}.*\n"
 
 
 LM_ROWS = (

@@ -125,8 +125,8 @@ def errors(ours: MambaLM, theirs: Any, tokens: Tensor, prompt: int) -> dict[str,
 
 def measure(
     name: str, ours: MambaLM, theirs: Any, batch: int, prompt: int, new: int, repeats: int, limit: int | None
-) -> list[dict[str, Any]]:
-    """One batch size; with a limit in seconds also their compiled mode."""
+) -> Iterator[dict[str, Any]]:
+    """The records of one batch size, each as soon as it is known; with a limit in seconds also their compiled mode."""
     device = ours.embedding.weight.device
     generator = torch.Generator().manual_seed(batch)
     tokens = torch.randint(ours.config.vocab_size, (batch, prompt), generator=generator).to(device)
@@ -136,12 +136,11 @@ def measure(
     # The prompt alone, with one token: the rest is decoding.
     first = {impl: ours_call(ours, tokens, 1, dtype) for impl, dtype in OURS.items()}
     first[EAGER] = rival_call(theirs, tokens, 1)
-    records = []
     if limit is not None:
         compiled = compiled_call(theirs, tokens, new, limit)
         if isinstance(compiled, str):
             print(f"{COMPILED}: {compiled}", flush=True)
-            records.append(common.record(JOB, shape, "generate", COMPILED, failed=compiled))
+            yield common.record(JOB, shape, "generate", COMPILED, failed=compiled)
         else:
             calls[COMPILED] = compiled
     times, results = seconds_in_turns(calls, repeats)
@@ -162,10 +161,10 @@ def measure(
             values["error"] = error[impl]
         if device.type == "cuda":
             values["peak_mib"] = peak(calls[impl])
-        records.append(common.record(JOB, shape, "generate", impl, **values))
+        entry = common.record(JOB, shape, "generate", impl, **values)
         columns = ("shape", "impl", "call_ms", "prefill_ms", "step_ms", "ratio", "peak_mib", "same_tokens")
-        print(common.table(records[-1:], columns).splitlines()[1], error.get(impl, ""), flush=True)
-    return records
+        print(common.table([entry], columns).splitlines()[1], error.get(impl, ""), flush=True)
+        yield entry
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -189,7 +188,8 @@ def main(argv: list[str] | None = None) -> int:
     records: list[dict[str, Any]] = []
     for batch in args.batches:
         options = args.prompt, args.new, args.repeats, args.limit if args.compiled else None
-        records += measure(args.model, ours, theirs, batch, *options)
-        if args.save:
-            common.write(JOB, common.short_device_name(device), records)
+        for entry in measure(args.model, ours, theirs, batch, *options):
+            records.append(entry)
+            if args.save:
+                common.write(JOB, common.short_device_name(device), records)
     return 0
