@@ -85,8 +85,8 @@ def ssd(
         cu_seqlens: `(nseq + 1,)` int32 boundaries of sequences packed along time; batch must be 1.
         chunk_size: tokens a chunk of the chunked form; None takes its default (64). Changes rounding only.
         keep_states: whether the GPU kernels keep the states on the way for the backward. Without them it computes these
-            again and takes the batch a part at a time: a third to two thirds of the memory beyond outputs and gradients,
-            for a third to two thirds more time. The other implementations always do.
+            again and takes the batch a part at a time: a third to two thirds of the memory beyond outputs and
+            gradients, for a third to two thirds more time. The other implementations always do.
         impl: "auto", "triton" (the kernels for NVIDIA GPUs, with chunk sizes of their own), "numba" (the kernels for
             CPUs; float32 and bfloat16), "chunked", "recurrent" (the O(seqlen)-step oracle) or "quadratic" (O(seqlen²)
             memory).
