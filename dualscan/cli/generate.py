@@ -40,7 +40,7 @@ class GenerateArguments:
         seed: equal seeds write equal texts.
         device: auto takes a GPU if there is one.
         dtype: of the matrices.
-        state_dtype: of the states of Mamba-2 layers from token to token; bf16 is half the memory, rounded every token.
+        state_dtype: of the states of Mamba-2 layers from token to token; bf16 is half the memory, and rounded.
     """
 
     folder: Positional[Path | None] = None

@@ -183,7 +183,8 @@ def generate(
         seed: equal seeds draw equal tokens on one device; None draws from PyTorch's global generator.
         state_dtype: in which the SSM states of Mamba-2 layers are kept from token to token, `torch.float32` or
             `torch.bfloat16`; None keeps them as they are computed, in float32. Half the bytes are read and written a
-            token, which many rows at once wait for, and every token rounds the state. All else stays as it is.
+            token, which many rows at once wait for, and every token rounds the state, or on a GPU, with four rows and
+            more, every eighth. All else stays as it is.
 
     Returns:
         `tokens` `(batch, n)` int64 without the prompts, and `lengths` `(batch,)`.

@@ -1,12 +1,11 @@
 """Parameters that stay in float32 when a module is cast to a lower precision, and projections."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dualscan.ops import decode
 from dualscan.ops._autograd import unwatched
@@ -111,7 +110,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        low = _rounded(weight, x.dtype)
+        low = weight.to(x.dtype)
         ctx.save_for_backward(x, low)
         return F.linear(x, low)
 
@@ -123,76 +122,3 @@ class Product(torch.autograd.Function):
         if not rows.is_cuda or torch.is_grad_enabled():  # sums of a low dtype's product exist on a GPU only
             return dx, rows.float() @ inputs.float()
         return dx, torch.mm(rows, inputs, out_dtype=torch.float32)
-
-
-class LowCopies:
-    """Copies of float32 weights in a low dtype, for all products of a training step.
-
-    Without them every product rounds its weight, which the forward of each micro-batch does again. What changes the
-    weights and knows of their copies may write these on its way; after any other change `refresh` rounds them again.
-
-    Args:
-        weights: float32.
-        dtype: of the copies.
-    """
-
-    def __init__(self, weights: Iterable[Tensor], dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._kept: list[tuple[Tensor, _Copy]] = []
-        for weight in weights:
-            copy = _COPIES[weight] = _Copy(weight, dtype)
-            self._kept.append((weight, copy))
-
-    def of(self, weight: Tensor) -> Tensor | None:
-        """The copy of a weight, if there is one."""
-        copy = _COPIES.get(weight) if self._kept else None
-        return None if copy is None or copy.value.dtype != self.dtype else copy.value
-
-    def refresh(self) -> None:
-        """Rounds those weights again that have changed since."""
-        for weight, copy in self._kept:
-            if not copy.is_of(weight):
-                copy.take(weight)
-
-    def written(self, weights: Iterable[Tensor]) -> None:
-        """Says that the copies of these, as far as there are any, have been written with them."""
-        for weight in weights:
-            copy = _COPIES.get(weight) if self._kept else None
-            if copy is not None:
-                torch.autograd.graph.increment_version(copy.value)  # a graph that kept the old one shall notice
-                copy.mark(weight)
-
-    def forget(self) -> None:
-        """Gives their memory back."""
-        for weight, copy in self._kept:
-            if _COPIES.get(weight) is copy:
-                del _COPIES[weight]
-        self._kept = []
-
-
-class _Copy:
-    """A weight in a low dtype, and which state of the weight it is of."""
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.value = torch.empty_like(weight, dtype=dtype, requires_grad=False)
-        self.take(weight)
-
-    @torch.no_grad()
-    def take(self, weight: Tensor) -> None:
-        self.value.copy_(weight)
-        self.mark(weight)
-
-    def mark(self, weight: Tensor) -> None:
-        self._state = weight._version, weight.data_ptr()
-
-    def is_of(self, weight: Tensor) -> bool:
-        return self._state == (weight._version, weight.data_ptr())
-
-
-_COPIES = WeakTensorKeyDictionary()
-
-
-def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in a low dtype; its copy, if there is one and it is of the weight as it is."""
-    copy = _COPIES.get(weight) if len(_COPIES) else None
-    return weight.to(dtype) if copy is None or copy.value.dtype != dtype or not copy.is_of(weight) else copy.value

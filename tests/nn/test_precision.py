@@ -12,7 +12,7 @@ from dualscan.nn.attention import Attention
 from dualscan.nn.mamba import Mamba
 from dualscan.nn.mamba2 import Mamba2
 from dualscan.nn.mlp import MLP
-from dualscan.nn.precision import Float32Parameters, LowCopies, Product, apply_linear, project
+from dualscan.nn.precision import Float32Parameters, Product, apply_linear, project
 from tests.oracle import assert_close
 
 EXACT = ("A_log", "dt_bias", "D", "norm.weight")
@@ -193,46 +193,3 @@ def test_the_product_of_training_is_the_linear_map():
     assert dweight.dtype == torch.float32
     torch.testing.assert_close(dweight, dy.double().flatten(0, 1).t().mm(x.double().flatten(0, 1)).float())
     torch.testing.assert_close(dx, (dy.double() @ weight.bfloat16().double()).bfloat16())
-
-
-def test_copies_of_weights_are_of_the_weights_as_they_are() -> None:
-    x, weight = torch.randn(3, 8, dtype=torch.bfloat16), nn.Parameter(torch.randn(4, 8))
-    other = nn.Parameter(torch.randn(4, 8))
-    copies = LowCopies([weight], torch.bfloat16)
-    copy_ = copies.of(weight)
-    assert copy_ is not None
-    assert copies.of(other) is None
-    assert torch.equal(copy_, weight.to(torch.bfloat16))
-
-    def taken() -> bool:
-        y = Product.apply(x, weight)
-        assert torch.equal(y, F.linear(x, weight.to(torch.bfloat16)))
-        return any(t is copy_ for t in y.grad_fn.saved_tensors)
-
-    assert taken()
-    with torch.no_grad():
-        weight.mul_(2)
-    assert not taken()
-    copies.refresh()
-    assert taken()
-    weight.data = torch.randn(4, 8)
-    assert not taken()
-    copies.refresh()
-    assert taken()
-    kept = Product.apply(x, weight)
-    copies.written([weight, other])
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        kept.sum().backward()
-    copies.forget()
-    assert copies.of(weight) is None
-    assert not taken()
-
-
-def test_copies_of_another_dtype_are_not_taken() -> None:
-    x, weight = torch.randn(3, 8, dtype=torch.float16), nn.Parameter(torch.randn(4, 8))
-    copies = LowCopies([weight], torch.bfloat16)
-    assert torch.equal(Product.apply(x, weight), F.linear(x, weight.half()))
-    newer = LowCopies([weight], torch.float16)
-    copies.forget()  # which leaves those that took their place
-    assert newer.of(weight) is not None
-    assert copies.of(weight) is None

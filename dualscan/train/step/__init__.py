@@ -15,8 +15,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dualscan.data.loader import Batch
 from dualscan.data.packing import IGNORE_INDEX
-from dualscan.nn.block import Block
-from dualscan.nn.precision import LowCopies, is_plain_linear
 from dualscan.train.evaluate import total_nll
 from dualscan.train.runtime import ComputePrecision
 from dualscan.train.step.graph import GradientGraph
@@ -50,8 +48,7 @@ class TrainStep:
     """Gradients and update of a model, a call a step.
 
     The update does not happen where the loss or the gradient is not finite: the model stays as it was, and `Reading`
-    tells. With the fused AdamW clipping and that decision are part of the update itself. On a GPU the update also
-    writes the low copies of the weights that the next step's products take.
+    tells. With the fused AdamW clipping and that decision are part of the update itself.
 
     Args:
         model: on one device.
@@ -73,8 +70,7 @@ class TrainStep:
         self._device = next(model.parameters()).device
         self._fused = all(group.get("fused") for group in optimizer.param_groups)
         self._graph: GradientGraph | None = None
-        self._kernel: Update | None = None
-        self._copies: LowCopies | None = None
+        self._kernel = Update(optimizer)
 
     def record(self, batches: Sequence[Batch]) -> None:
         """Records the gradients of batches like these as a CUDA graph, which all later calls replay.
@@ -85,15 +81,11 @@ class TrainStep:
         Raises:
             ValueError: there is no CUDA device, or the model does what a graph cannot hold.
         """
-        self._prepare()
         self._graph = GradientGraph(self._gradients, self.model, [_move(batch, self._device) for batch in batches])
 
     def forget(self) -> None:
-        """Drops the graph, the copies of weights and their memory; later calls compute their gradients as before."""
-        self._graph = self._kernel = None
-        if self._copies is not None:
-            self._copies.forget()
-            self._copies = None
+        """Drops the graph and its memory; later calls compute their gradients as before."""
+        self._graph = None
         self.optimizer.zero_grad()
 
     def __call__(self, batches: Sequence[Batch]) -> Reading:
@@ -106,7 +98,6 @@ class TrainStep:
             `Reading`.
         """
         count = torch.tensor(float(sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)))
-        self._prepare()
         if self._graph is None:
             nll = self._gradients([_move(batch, self._device) for batch in batches])
         else:
@@ -118,23 +109,6 @@ class TrainStep:
         if self._graph is None:
             self.optimizer.zero_grad()
         return Reading(loss, grad_norm)
-
-    def _prepare(self) -> None:
-        """Copies of the weights as they are, where the update keeps them so."""
-        if self._copies is None and Update.runs(self.optimizer, self._device):
-            self._copies = LowCopies(self._copied(), torch.bfloat16)
-            self._kernel = Update(self.optimizer, self._copies)
-        if self._copies is not None:
-            self._copies.refresh()
-
-    def _copied(self) -> list[Tensor]:
-        """Weights whose low copies a step keeps until its backward anyway: so they cost no memory where it is least."""
-        if self._precision.dtype != torch.bfloat16:
-            return []
-        blocks = [m for m in self.model.modules() if isinstance(m, Block)]
-        blocks = [b for b in blocks if b.recompute != "block" and b._compiled_call_impl is None]
-        linears = [m for block in blocks for m in block.modules() if is_plain_linear(m) and m.bias is None]
-        return [m.weight for m in linears if m.weight.requires_grad and m.weight.dtype == torch.float32]
 
     def _gradients(self, batches: Sequence[Batch]) -> Tensor:
         """Adds the gradients of the summed loss to the parameters'; returns that sum.
@@ -163,7 +137,7 @@ class TrainStep:
         if self._fused:
             divisor = (grad_norm / (self._grad_clip or math.inf)).clamp(min=1.0).mul(count).float()
             skip = (~finite).float()
-            if self._kernel is not None and self._kernel(divisor, skip):
+            if Update.runs(self.optimizer, self._device) and self._kernel(divisor, skip):
                 return
             # The fused update divides gradients by `grad_scale` and leaves everything alone where `found_inf` is 1. It
             # is what torch.amp.GradScaler uses.

@@ -6,7 +6,6 @@ tensors. A program here takes a block of one tensor and finds its addresses in a
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,9 +15,9 @@ from dualscan.ops._launch import Launcher
 
 # Elements that a program takes, and its warps: few registers, so that many programs wait for memory at once.
 BLOCK, WARPS = 2048, 8
-# Columns of the table: addresses of the parameter, its gradient, both moments, its step counter and its copy in a low
-# dtype (0: none), its elements, and its first block.
-COLUMNS = 8
+# Columns of the table: addresses of the parameter, its gradient, both moments and its step counter, its elements, and
+# its first block.
+COLUMNS = 7
 
 
 @triton.jit
@@ -41,7 +40,7 @@ def _store(at, i, count, value, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _block(row, i, count, by, shrink, rate, root, weight1, weight2, eps, LOW: tl.constexpr, WHOLE: tl.constexpr):
+def _block(row, i, count, by, shrink, rate, root, weight1, weight2, eps, WHOLE: tl.constexpr):
     """Elements i of a tensor."""
     parameter, gradient = _of(tl.load(row), tl.float32), _of(tl.load(row + 1), tl.float32)
     first, second = _of(tl.load(row + 2), tl.float32), _of(tl.load(row + 3), tl.float32)
@@ -53,9 +52,6 @@ def _block(row, i, count, by, shrink, rate, root, weight1, weight2, eps, LOW: tl
     _store(parameter, i, count, p, WHOLE)
     _store(first, i, count, m, WHOLE)
     _store(second, i, count, v, WHOLE)
-    low = tl.load(row + 5)
-    if low != 0:
-        _store(_of(low, LOW), i, count, p.to(LOW), WHOLE)
 
 
 @triton.jit
@@ -63,7 +59,7 @@ def adamw_kernel(
     table, owners, divisor, skip,
     lr: tl.float32, decay: tl.float32, eps: tl.float32,
     weight1: tl.float32, weight2: tl.float32, log_beta1: tl.float32, log_beta2: tl.float32,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Grid `(blocks of all tensors,)`; `owners` has the row of the table of each. Does nothing where `skip` is not 0.
 
@@ -75,16 +71,15 @@ def adamw_kernel(
         rate = (lr / (1.0 - tl.exp(step * log_beta1))).to(tl.float32)
         root = (1.0 / tl.sqrt(1.0 - tl.exp(step * log_beta2))).to(tl.float32)
         by, shrink = 1.0 / tl.load(divisor), 1.0 - lr * decay
-        count, start = tl.load(row + 6), (tl.program_id(0) - tl.load(row + 7)) * BLOCK
+        count, start = tl.load(row + 5), (tl.program_id(0) - tl.load(row + 6)) * BLOCK
         i = start + tl.arange(0, BLOCK)
         if start + BLOCK <= count:
-            _block(row, i, count, by, shrink, rate, root, weight1, weight2, eps, LOW, True)
+            _block(row, i, count, by, shrink, rate, root, weight1, weight2, eps, True)
         else:
-            _block(row, i, count, by, shrink, rate, root, weight1, weight2, eps, LOW, False)
+            _block(row, i, count, by, shrink, rate, root, weight1, weight2, eps, False)
 
 
 _adamw = Launcher(adamw_kernel)
-_LOW = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def blocks(count: int) -> int:
@@ -94,7 +89,7 @@ def blocks(count: int) -> int:
 
 def adamw(
     table: Tensor, owners: Tensor, divisor: Tensor, skip: Tensor, *, lr: float, betas: tuple[float, float], eps: float,
-    decay: float, low: torch.dtype = torch.bfloat16,
+    decay: float,
 ) -> None:  # fmt: skip
     """Updates the tensors of a table.
 
@@ -107,11 +102,10 @@ def adamw(
         betas: decay rates of the moments.
         eps: added to the root of the second moment.
         decay: weight decay per unit of learning rate.
-        low: the dtype of copies.
     """
     logs = [math.log(beta) if beta else -math.inf for beta in betas]
     with _triton.on_device(table):
         _adamw(
             (owners.numel(), 1, 1), (table, owners, divisor, skip),
-            (lr, decay, eps, 1 - betas[0], 1 - betas[1], *logs), (BLOCK, COLUMNS, _LOW[low]), WARPS,
+            (lr, decay, eps, 1 - betas[0], 1 - betas[1], *logs), (BLOCK, COLUMNS), WARPS,
         )  # fmt: skip

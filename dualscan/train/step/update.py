@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dualscan.nn.precision import LowCopies
 from dualscan.ops import _triton
 from dualscan.ops._launch import ALIGNMENT
 
@@ -31,11 +30,10 @@ class Update:
 
     Args:
         optimizer: not changed; its states and its parameters are.
-        copies: of its parameters, which the update writes too.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, copies: LowCopies) -> None:
-        self._optimizer, self._copies = optimizer, copies
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
         self._tables: dict[int, _Table] = {}
 
     @staticmethod
@@ -88,13 +86,11 @@ class Update:
             betas=options["betas"],
             eps=options["eps"],
             decay=options["weight_decay"],
-            low=self._copies.dtype,
         )
         # What a kernel writes, autograd does not see.
         torch.autograd.graph.increment_version(
             [t for p, s in zip(members, states, strict=True) for t in (p, s["exp_avg"], s["exp_avg_sq"])]
         )
-        self._copies.written(members)
 
     def _table(self, group: int, members: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> _Table:
         """The table of a group; its own, as long as every tensor stays where it is."""
@@ -103,10 +99,9 @@ class Update:
         pointers, first, programs = [], 0, []
         for p, state in zip(members, states, strict=True):
             assert p.grad is not None
-            copy, count = self._copies.of(p), p.numel()
             tensors = p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
-            pointers += [*(t.data_ptr() for t in tensors), 0 if copy is None else copy.data_ptr(), count, first]
-            programs.append(blocks(count))
+            pointers += [*(t.data_ptr() for t in tensors), p.numel(), first]
+            programs.append(blocks(p.numel()))
             first += programs[-1]
         known = self._tables.get(group)
         if known is None or known.pointers != pointers:

@@ -175,28 +175,3 @@ def test_the_kernel_trains_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5, msg=name)
         assert p.grad is None
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("recorded", [False, True])
-def test_copies_of_weights_train_the_same(recorded: bool) -> None:
-    """Products take the weights as they are: after an update, and after a change by somebody else."""
-    ours = model().cuda()
-    theirs = copy.deepcopy(ours)
-    run, plain = (TrainStep(m, optimizer(m), precision=BF16, grad_clip=1.0) for m in (ours, theirs))
-    plain._copied = list  # pyrefly: ignore[bad-assignment]
-    if recorded:
-        run.record(batches())
-    for i in range(4):
-        given = batches()
-        assert run(given).values() == plain(given).values()
-        if i == 2:
-            with torch.no_grad():
-                for m in (ours, theirs):
-                    m.layers[0].get_parameter("mixer.in_proj.weight").mul_(1.5)
-    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(p, q), name
-    assert run._copies is not None
-    assert run._copies.of(ours.layers[0].get_parameter("mixer.in_proj.weight")) is not None
-    run.forget()
-    assert run._copies is None

@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dualscan.nn.precision import LowCopies
 from dualscan.train.optim import load_state_tensors, state_tensors
 from dualscan.train.step.update import Update
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-LOW = torch.bfloat16 if CUDA else torch.float16  # the interpreter rounds to bfloat16 in a way of its own
 # A matrix of several blocks with a part of one at its end, one that fits, and vectors shorter than a vector of memory.
 SIZES = [(37, 61), (32, 64), (3,), (24,)]
 
@@ -52,8 +50,7 @@ def test_is_what_adamw_does() -> None:
         [{"params": exact[:2], "weight_decay": 0.1}, {"params": exact[2:], "weight_decay": 0.0}],
         lr=1e-2, betas=(0.9, 0.999),
     )  # fmt: skip
-    copies = LowCopies([mine[0], mine[3]], LOW)
-    update = Update(optimizer, copies)
+    update = Update(optimizer)
     for i in range(6):
         give(mine)
         for p, q in zip(exact, mine, strict=True):
@@ -71,20 +68,15 @@ def test_is_what_adamw_does() -> None:
             optimizer.grad_scale = number(4.0)  # pyrefly: ignore[missing-attribute]
             optimizer.found_inf = number(0.0)  # pyrefly: ignore[missing-attribute]
             optimizer.step()
-            copies.refresh()
         for p, q in zip(mine, exact, strict=True):
             torch.testing.assert_close(p.double(), q, rtol=1e-6, atol=1e-6)
             for name, value in optimizer.state[p].items():
                 torch.testing.assert_close(value.double(), other.state[q][name].double(), rtol=1e-5, atol=1e-7)
-    for i, p in enumerate(mine):
-        low = copies.of(p)
-        assert (low is not None) == (i in (0, 3))
-        assert low is None or torch.equal(low, p.to(LOW))
 
 
 def test_skips_what_is_not_finite() -> None:
     mine, optimizer = problem()
-    update = Update(optimizer, LowCopies([], torch.bfloat16))
+    update = Update(optimizer)
     give(mine)
     optimizer.step()
     before = copy.deepcopy((mine, state_tensors(optimizer)))
@@ -97,7 +89,7 @@ def test_skips_what_is_not_finite() -> None:
 def test_goes_on_from_loaded_states_and_with_parameters_left_out() -> None:
     mine, optimizer = problem()
     theirs, other = problem()
-    update = Update(optimizer, LowCopies([], torch.bfloat16))
+    update = Update(optimizer)
     give(mine, theirs)
     other.step()
     load_state_tensors(optimizer, state_tensors(other))
@@ -119,7 +111,7 @@ def test_what_it_leaves_to_pytorch() -> None:
     for option in ("amsgrad", "maximize"):
         assert not Update.runs(torch.optim.AdamW(mine, **{option: True}), torch.device(DEVICE))
     assert not Update.runs(torch.optim.SGD(mine), torch.device(DEVICE))
-    update = Update(optimizer, LowCopies([], torch.bfloat16))
+    update = Update(optimizer)
     give(mine)
     optimizer.step()
     give(mine)
