@@ -143,7 +143,8 @@ def scan_kernel(
     Grid `(nheads * cdiv(headdim, P), segments)`. `segments` is a table of `_triton.Plan`.
     OUTPUT writes `out`; SAVE writes every chunk's state on entry to `saved` (chunk, head, N, columns); KEPT writes its
     inner product with `counterpart`, of the same layout, summed over columns, to `kept` (chunk, head, block, N). With
-    ENTRIES `final` has a state a segment, else one a sequence, which its last segment writes (REVERSE: its first).
+    ENTRIES `final` has a state a segment, and `kept` the sum of its log-decays (segment, head); else `final` has one a
+    sequence, which its last segment writes (REVERSE: its first).
     """
     blocks = tl.cdiv(headdim, P)
     h = tl.program_id(0) // blocks
@@ -164,6 +165,7 @@ def scan_kernel(
         state = tl.load(initial + state_place, mask=state_inside, other=0.0)
     if HAS_D:
         skip = tl.load(D + h * D_h + columns * D_p, mask=columns < headdim, other=0.0).to(tl.float32)
+    decayed = 0.0
     for i in tl.range(0, nchunks, num_stages=STAGES):
         c = nchunks - 1 - i if REVERSE else i
         row = start + c * Q
@@ -173,6 +175,8 @@ def scan_kernel(
         s = tl.load(scale + place + q)
         cs = tl.load(sums + place + q)
         last = tl.load(sums + place + Q - 1)
+        if ENTRIES:
+            decayed += last.to(tl.float32)
         from_start = tl.exp2(cs.to(tl.float32))
         to_end = tl.exp2((last - cs).to(tl.float32))
         low = state.to(v.dtype)
@@ -213,6 +217,8 @@ def scan_kernel(
         wanted = ENTRIES | ((edges & (1 if REVERSE else 2)) != 0)
         state_place += (target - segment).to(tl.int64) * nheads * headdim * d_state
         tl.store(final + state_place, state, mask=state_inside & wanted)
+    if ENTRIES:
+        tl.store(kept + segment * nheads + h, decayed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -399,7 +405,7 @@ class Call:
         skip = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
         name = (reverse, entries, output, saved is None, kept is None)
         flags = {
-            "REVERSE": reverse, "OUTPUT": output, "SAVE": saved is not None, "KEPT": kept is not None,
+            "REVERSE": reverse, "OUTPUT": output, "SAVE": saved is not None, "KEPT": kept is not None and not entries,
             "ENTRIES": entries, "HAS_D": D is not None, "HAS_INITIAL": initial is not None,
             "HAS_FINAL": final is not None,
         }  # fmt: skip
@@ -443,15 +449,14 @@ class Call:
             return initial
         inner = plan.after if reverse else plan.before
         shape, kind = (nheads, headdim, d_state), {"dtype": torch.float32, "device": value.device}
-        ends = torch.empty(inner.shape[0], *shape, **kind)
-        starts = torch.empty(plan.segments.shape[0], *shape, **kind)
-        self.scan(value, None, ends, reverse=reverse, entries=True)
-        chunk, block = self.family.config.chunk, 1024
+        ends, decays = torch.empty(inner.shape[0], *shape, **kind), torch.empty(inner.shape[0], nheads, **kind)
+        starts, block = torch.empty(plan.segments.shape[0], *shape, **kind), 1024
+        self.scan(value, None, ends, reverse=reverse, entries=True, kept=decays)
         self.launch(
             combine_kernel, (nheads, _triton.cdiv(headdim * d_state, block), plan.sequences.shape[0]),
-            (ends, initial, starts, self.sums, plan.segments, plan.sequences, nheads, headdim * d_state, self.padded),
-            (reverse, initial is None), Q=chunk, CHUNKS=configs.power_of_two(plan.segment // chunk), BLOCK=block,
-            REVERSE=reverse, INNER=not plan.ragged, HAS_INITIAL=initial is not None, AT_ONCE=SEGMENTS_AT_ONCE,
+            (ends, decays, initial, starts, plan.sequences, nheads, headdim * d_state), (reverse, initial is None),
+            BLOCK=block, REVERSE=reverse, INNER=not plan.ragged, HAS_INITIAL=initial is not None,
+            AT_ONCE=SEGMENTS_AT_ONCE,
         )  # fmt: skip
         return starts
 

@@ -16,18 +16,15 @@ if not CUDA:
 CHUNK, SEGMENT, HEADS, WIDTH = 16, 32, 2, 70
 
 
-def recurrence(plan: _triton.Plan, ends: Tensor, initial: Tensor, sums: Tensor, reverse: bool, inner: bool) -> Tensor:
+def recurrence(plan: _triton.Plan, ends: Tensor, decays: Tensor, initial: Tensor, reverse: bool, inner: bool) -> Tensor:
     starts = torch.full((plan.segments.shape[0], *ends.shape[1:]), float("nan"), dtype=torch.float64)
     for sequence, (first, count) in enumerate(plan.sequences.tolist()):
         state = initial[sequence].double()
         for segment in range(first, first + count)[:: -1 if reverse else 1]:
             starts[segment] = state
-            _, begin, end, chunk, *_ = plan.segments[segment].tolist()
-            last = torch.arange(chunk, chunk - (begin - end) // CHUNK) * CHUNK + CHUNK - 1
-            total = sums[:, last].double().sum(1)
             own = segment - (sequence + reverse if inner else 0)
             if segment != (first if reverse else first + count - 1):
-                state = state * total.exp2()[:, None] + ends[own].double()
+                state = state * decays[own].double().exp2()[:, None] + ends[own].double()
     return starts
 
 
@@ -44,17 +41,17 @@ def test_many_segments(lengths: list[int] | None, reverse: bool, emulated: bool)
     else:
         plan = _triton.packed_plan(packed(lengths), sum(lengths), CHUNK, 1, SEGMENT)
     assert plan.sequences[:, 1].max() > SEGMENTS_AT_ONCE
-    inner, nseq, padded = lengths is None, plan.sequences.shape[0], plan.chunks.shape[0] * CHUNK
-    ends = torch.randn((plan.after if reverse else plan.before).shape[0], HEADS, WIDTH)
-    initial, sums = torch.randn(nseq, HEADS, WIDTH), -torch.rand(HEADS, padded)
-    tensors = [ends, initial, torch.full((plan.segments.shape[0], HEADS, WIDTH), float("nan")), sums]
-    tensors = [t.to(DEVICE) for t in (*tensors, plan.segments, plan.sequences)]
+    inner, nseq = lengths is None, plan.sequences.shape[0]
+    rows = (plan.after if reverse else plan.before).shape[0]
+    ends, decays, initial = torch.randn(rows, HEADS, WIDTH), -torch.rand(rows, HEADS), torch.randn(nseq, HEADS, WIDTH)
+    starts = torch.full((plan.segments.shape[0], HEADS, WIDTH), float("nan"))
+    tensors = [t.to(DEVICE) for t in (ends, decays, initial, starts, plan.sequences)]
     grid, flags = (HEADS, 2, nseq), {"REVERSE": reverse, "INNER": inner, "HAS_INITIAL": True}
-    arguments, sizes = (*tensors, HEADS, WIDTH, padded), {"Q": CHUNK, "CHUNKS": SEGMENT // CHUNK, "BLOCK": 64}
+    arguments = (*tensors, HEADS, WIDTH)
     if emulated:
-        gluon.run(combine_kernel, grid, arguments, **sizes, **flags, AT_ONCE=SEGMENTS_AT_ONCE)
+        gluon.run(combine_kernel, grid, arguments, BLOCK=64, **flags, AT_ONCE=SEGMENTS_AT_ONCE)
     else:
-        combine_kernel[grid](*arguments, **sizes, **flags, AT_ONCE=SEGMENTS_AT_ONCE)
-    expected = recurrence(plan, ends, initial, sums, reverse, inner)
+        combine_kernel[grid](*arguments, BLOCK=64, **flags, AT_ONCE=SEGMENTS_AT_ONCE)
+    expected = recurrence(plan, ends, decays, initial, reverse, inner)
     used = torch.cat([torch.arange(first, first + count) for first, count in plan.sequences.tolist()])
-    assert_close("starts", tensors[2].cpu()[used], expected[used], dtype=torch.float32)
+    assert_close("starts", tensors[3].cpu()[used], expected[used], dtype=torch.float32)

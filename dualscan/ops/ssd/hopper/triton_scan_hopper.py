@@ -119,7 +119,8 @@ def scan_hopper_kernel(
     """One program: P columns of one head over one segment, N columns of the state, as `scan_kernel`.
 
     Grid `(nheads * headdim // P, segments, d_state // N)`; with OUTPUT N is the whole state. SAVE writes the state at
-    the entry of every super-chunk of EVERY chunks, and KEPT its inner product with `counterpart`'s.
+    the entry of every super-chunk of EVERY chunks, and KEPT its inner product with `counterpart`'s; ENTRIES gives the
+    segment's log-decay, as there.
     """
     dtype: gl.constexpr = value.dtype
     halves: gl.constexpr = num_warps // 4
@@ -213,6 +214,7 @@ def scan_hopper_kernel(
     # All bits where token i follows token j: a comparison in the loop takes five instructions for this one.
     causal = gl.where((i <= j) if REVERSE else (i >= j), -1, 0).to(gl.int16)
     seen = 0
+    decayed = 0.0
     for turn in range(nchunks):
         c = opening + turn * step
         slot = turn % 2
@@ -226,6 +228,8 @@ def scan_hopper_kernel(
             boundary = c % EVERY == 0
         entry = ((first_super + c // EVERY) * nheads + h) * d_state + n_first
         last = next_last
+        if ENTRIES:
+            decayed += last
         cs_smem.store(next_cs)
         scale_smem.store(next_s if REVERSE else gl.exp2(next_cs))
         share_smem.store(gl.exp2(next_cs) if REVERSE else gl.exp2(last - next_cs) * next_s)
@@ -357,6 +361,8 @@ def scan_hopper_kernel(
                 Q, P, RAGGED, num_warps,
             )  # fmt: skip
     tma.store_wait(0)
+    if ENTRIES:
+        gl.store(kept + segment * nheads + h, decayed)
     if HAS_FINAL:
         # A segment's own contribution; or the last state of a sequence, from its last segment.
         edge: gl.constexpr = 1 if REVERSE else 2
