@@ -6,12 +6,9 @@ Against PyTorch and mamba_ssm.
 also what is normalised and the cotangents read and the gradients written. mamba_ssm is compared where it is installed.
 """
 
-import importlib.util
-import sys
-import types
+import importlib
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import block
+from benchmarks.ops.ssd import rival_package
 from dualscan.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
 
 # rows, channels, columns of the projection that the gate is the first of (0: no gate)
@@ -79,14 +77,9 @@ def pytorch(t: block.Inputs) -> Tensor:
 
 @cache
 def mamba_ssm_norm(module: str = "layernorm_gated", function: str = "rmsnorm_fn") -> Callable[..., Any] | None:
-    """mamba_ssm's Triton kernel, or None. Its package's `__init__` would want the CUDA extensions."""
-    if "mamba_ssm" not in sys.modules:
-        found = importlib.util.find_spec("mamba_ssm")
-        if found is None or found.origin is None:
-            return None
-        package = types.ModuleType("mamba_ssm")
-        package.__path__ = [str(Path(found.origin).parent)]
-        sys.modules["mamba_ssm"] = package
+    """mamba_ssm's Triton kernel, or None."""
+    if not rival_package():
+        return None
     return getattr(importlib.import_module(f"mamba_ssm.ops.triton.{module}"), function)
 
 

@@ -38,8 +38,8 @@ class TrainConfig:
         grad_clip: largest norm of the whole gradient; 0 switches clipping off.
         seed: of the initial weights and of the order of the data.
         dtype: of the matrix products: auto takes bf16 where the device computes it faster, fp32 elsewhere.
-        recompute: what the backward computes again instead of keeping it in memory: none, activations or block; see
-            `Mamba2`.
+        recompute: what the backward computes again instead of keeping it in memory: none, convolution, activations or
+            block; see `Mamba2`.
         compile: torch.compile every block; what is left between the operators becomes fewer kernels.
         graph: replay the gradients of a step as a CUDA graph, which spares a small model the cost of its launches; not
             with packed. None does so on a GPU where the model can be recorded.

@@ -7,6 +7,7 @@ from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
+from torch import Tensor
 
 from dualscan.train.config import Precision
 
@@ -102,3 +103,8 @@ class StopSignals:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def sent(t: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a GPU fetches it from pinned memory when it gets there."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not t.is_cuda else t.to(device)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from dualscan.ops import _launch, _triton
 from dualscan.ops._launch import replay
 from tests import gluon
-from tests.ops.ssd.test_triton import on_device
+from tests.ops.ssd.test_triton import elsewhere, on_device
 from tests.oracle import assert_close
 from tests.strategies import evaluate, ssd_problem
 
@@ -345,15 +345,7 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert forms() == [replay.Program, replay.Program]
     monkeypatch.setattr(replay, "recordable", lambda args: pytest.fail("another signature"))
     assert_equal(evaluate(problem, impl="triton"), plain)
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        on_side = evaluate(problem, impl="triton")
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=side):
-        captured = evaluate(problem, impl="triton")
-    graph.replay()
-    torch.cuda.synchronize()
+    on_side, captured = elsewhere(problem)
     assert_equal(on_side, plain)
     assert_equal(captured, plain)
 

@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dualscan.data.loader import Batch
 from dualscan.data.packing import IGNORE_INDEX
 from dualscan.train.evaluate import total_nll
-from dualscan.train.runtime import ComputePrecision
+from dualscan.train.runtime import ComputePrecision, sent
 from dualscan.train.step.graph import GradientGraph
 from dualscan.train.step.update import Update
 
@@ -102,7 +102,7 @@ class TrainStep:
             nll = self._gradients([_move(batch, self._device) for batch in batches])
         else:
             nll = self._graph(batches)
-        count = _to(count, self._device)
+        count = sent(count, self._device)
         loss = nll / count
         grad_norm = get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None) / count
         self._update(loss, grad_norm, count)
@@ -151,10 +151,5 @@ class TrainStep:
 
 
 def _move(batch: Batch, device: torch.device) -> Batch:
-    cu_seqlens = None if batch.cu_seqlens is None else _to(batch.cu_seqlens, device)
-    return Batch(_to(batch.tokens, device), _to(batch.targets, device), cu_seqlens)
-
-
-def _to(t: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; a GPU fetches it from pinned memory when it gets there."""
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not t.is_cuda else t.to(device)
+    cu_seqlens = None if batch.cu_seqlens is None else sent(batch.cu_seqlens, device)
+    return Batch(sent(batch.tokens, device), sent(batch.targets, device), cu_seqlens)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dualscan.ops import _triton
 from dualscan.ops._launch import ALIGNMENT
+from dualscan.train.runtime import sent
 
 # Options of AdamW under which it does something else.
 _OTHER = ("amsgrad", "maximize", "capturable", "differentiable")
@@ -106,16 +107,11 @@ class Update:
         known = self._tables.get(group)
         if known is None or known.pointers != pointers:
             device = members[0].device
-            table = _to(torch.tensor(pointers).view(-1, COLUMNS), device)
+            table = sent(torch.tensor(pointers).view(-1, COLUMNS), device)
             if known is not None and known.programs == programs:
                 owners = known.owners
             else:
                 rows = torch.arange(len(programs), dtype=torch.int32)
-                owners = _to(rows.repeat_interleave(torch.tensor(programs)), device)
+                owners = sent(rows.repeat_interleave(torch.tensor(programs)), device)
             known = self._tables[group] = _Table(pointers, programs, table, owners)
         return known
-
-
-def _to(t: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, for which the program does not wait."""
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)

@@ -1,10 +1,10 @@
-"""States that the tests of a decoding step begin with."""
+"""States that the tests of a decoding step begin with, and the blocks themselves as what they compare with."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dualscan.nn.mamba2 import Mamba2State
 from dualscan.nn.mlp import MLP
@@ -29,3 +29,14 @@ def start(
 def double(states: Sequence[Any]) -> list[Any]:
     """The same in float64."""
     return [None if state is None else Mamba2State(*(t.double() for t in state)) for state in states]
+
+
+def called(blocks: nn.ModuleList, rows: Tensor, states: list[Any]) -> list[Tensor]:
+    """The residual stream after each row `(batch, d_model)` by calls of the blocks, of which `states` are updated."""
+    results = []
+    for row in rows:
+        h = row.unsqueeze(1)
+        for i, block in enumerate(blocks):
+            h, states[i] = block(h, states[i])
+        results.append(h[:, 0])
+    return results

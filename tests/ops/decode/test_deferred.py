@@ -13,7 +13,7 @@ from dualscan.generate.graph import deferred
 from dualscan.nn import block as block_module
 from dualscan.nn.mamba2 import Mamba2State
 from dualscan.nn.step import describe
-from tests.ops.decode.states import double, start
+from tests.ops.decode.states import called, double, start
 from tests.ops.decode.test_fused import CUDA, DEVICE, DTYPES, stack
 from tests.oracle import assert_close, relative_error
 
@@ -210,12 +210,7 @@ def test_a_stack_of_all_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = stack(DTYPE, {}, {"norm_groups": 2}, None, {"ngroups": 2, "norm_groups": 1})
     h, given = torch.randn(3, 2, 128, device=DEVICE), start(blocks, DTYPE, 2, torch.float32)
     exact, wide = copy.deepcopy(blocks).double(), double(given)
-    expected = []
-    for row in h.double():
-        out = row.unsqueeze(1)
-        for i, block in enumerate(exact):
-            out, wide[i] = block(out, wide[i])
-        expected.append(out[:, 0])
+    expected = called(exact, h.double(), wide)
     states = deferred(blocks, given, given)
     assert [type(state) for state in states] == [Deferred, Mamba2State, type(None), Deferred]
     count = states[0].kept.count

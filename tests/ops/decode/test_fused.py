@@ -12,7 +12,7 @@ from dualscan.nn.block import Block
 from dualscan.nn.mamba2 import Mamba2
 from dualscan.nn.mlp import MLP
 from dualscan.nn.step import describe
-from tests.ops.decode.states import double, start
+from tests.ops.decode.states import called, double, start
 from tests.oracle import assert_close
 
 pytest.importorskip("triton")
@@ -111,12 +111,7 @@ def test_equals_both(
     with monkeypatch.context() as six:
         six.setattr(triton_fused, "takes", lambda *_: False)
         theirs = [step(blocks, row, other) for row in h]
-    expected = []
-    for row in h.double():
-        out = row.unsqueeze(1)
-        for i, block in enumerate(exact):
-            out, wide[i] = block(out, wide[i])
-        expected.append(out[:, 0])
+    expected = called(exact, h.double(), wide)
     # A state rounded to bfloat16 leaves more of an error than the matrices' dtype.
     coarse = dtype if state_dtype == torch.float32 else torch.bfloat16
     for ours, six, right in zip(got, theirs, expected, strict=True):

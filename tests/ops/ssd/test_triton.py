@@ -37,6 +37,21 @@ RUNS = [(name, torch.float32) for name in CORNERS]
 RUNS += [(name, dtype) for dtype in (torch.float16, torch.bfloat16)[: 1 + CUDA] for name in (CORNERS if CUDA else FEW)]
 
 
+def elsewhere(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the kernels give on another stream of a GPU, and in a CUDA graph that was replayed twice."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        on_side = evaluate(problem, impl="triton")
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=side):
+        captured = evaluate(problem, impl="triton")
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    return on_side, captured
+
+
 def on_device(problem: Problem) -> Problem:
     options = {name: t.to(DEVICE) if isinstance(t, Tensor) else t for name, t in problem.options.items()}
     tensors = {name: t.to(DEVICE) for name, t in problem.tensors.items()}

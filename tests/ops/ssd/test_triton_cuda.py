@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dualscan.ops.ssd import ssd
-from tests.ops.ssd.test_triton import on_device
+from tests.ops.ssd.test_triton import elsewhere, on_device
 from tests.strategies import assert_matches, evaluate, ssd_problem
 
 pytestmark = pytest.mark.cuda
@@ -85,16 +85,7 @@ def test_hopper_and_plain_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None
 def test_graph_capture_and_streams() -> None:
     problem = on_device(ssd_problem(dtype=torch.bfloat16, D="scalar", dt_bias=True, **EVEN))
     expected = evaluate(problem, impl="triton")
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        on_side = evaluate(problem, impl="triton")
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=side):
-        captured = evaluate(problem, impl="triton")
-    for _ in range(2):
-        graph.replay()
-    torch.cuda.synchronize()
+    on_side, captured = elsewhere(problem)
     for name in expected:
         assert torch.equal(on_side[name], expected[name]), name
         assert torch.equal(captured[name], expected[name]), name
