@@ -49,7 +49,7 @@ DOCUMENTS = (1731, 64, 517, 3, 902, 1, 2900, 333, 1200, 77)
 # This library's backward with less memory.
 LESS = "keep_states=False"
 # Draws of the inputs that errors are taken over.
-DRAWS = 4
+DRAWS = 16
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias")
 Inputs = dict[str, Tensor]
 

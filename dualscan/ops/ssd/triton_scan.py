@@ -396,14 +396,18 @@ class Call:
     def scan(
         self, value: Tensor, initial: Tensor | None, final: Tensor | None, *, reverse: bool = False,
         entries: bool = False, out: Tensor | None = None, D: Tensor | None = None, saved: Tensor | None = None,
-        counterpart: Tensor | None = None, kept: Tensor | None = None,
+        counterpart: Tensor | None = None, kept: Tensor | None = None, fine: bool = False,
     ) -> None:  # fmt: skip
-        """Launches `scan_kernel` over every segment; with `entries` over those that others start from."""
+        """Launches `scan_kernel` over every segment; with `entries` over those that others start from.
+
+        On Hopper `fine` and `saved` have what a super-chunk starts with as exact as float32 makes it.
+        """
         plan, config, query, key = self.plan, self.family.config, *((self.B, self.C) if reverse else (self.C, self.B))
         segments = plan.segments if not entries else plan.after if reverse else plan.before
         output, (nheads, headdim), n, p = out is not None, value.shape[2:], key.shape[3], self.family.columns
         skip = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
-        name = (reverse, entries, output, saved is None, kept is None)
+        fine = fine or saved is not None
+        name = (reverse, entries, output, saved is None, kept is None, fine)
         flags = {
             "REVERSE": reverse, "OUTPUT": output, "SAVE": saved is not None, "KEPT": kept is not None and not entries,
             "ENTRIES": entries, "HAS_D": D is not None, "HAS_INITIAL": initial is not None,
@@ -423,8 +427,8 @@ class Call:
             self.launch(
                 hopper.scan_hopper_kernel, (*grid, n // columns),
                 (*described, *shared, 0 if out is None else out.stride(1), *sizes, value.shape[1], self.padded),
-                name, Q=config.chunk, N=columns, P=p, EVERY=self.family.every, RAGGED=self.family.ragged, **flags,
-                num_warps=8 if columns > hopper.NARROW.value else 4,
+                name, Q=config.chunk, N=columns, P=p, EVERY=self.family.every, RAGGED=self.family.ragged,
+                FINE=fine, **flags, num_warps=8 if columns > hopper.NARROW.value else 4,
             )  # fmt: skip
             return
         wide = configs.power_of_two(n)
@@ -439,7 +443,9 @@ class Call:
             num_warps=config.warps if output else config.states_warps, **flags,
         )  # fmt: skip
 
-    def entries(self, value: Tensor, initial: Tensor | None, *, reverse: bool = False) -> Tensor | None:
+    def entries(
+        self, value: Tensor, initial: Tensor | None, *, reverse: bool = False, fine: bool = True
+    ) -> Tensor | None:
         """States at the entry of every segment `(segments, h, p, n)`: the given ones where a sequence is one segment.
 
         Else the segments' own contributions are computed in parallel and joined.
@@ -451,7 +457,7 @@ class Call:
         shape, kind = (nheads, headdim, d_state), {"dtype": torch.float32, "device": value.device}
         ends, decays = torch.empty(inner.shape[0], *shape, **kind), torch.empty(inner.shape[0], nheads, **kind)
         starts, block = torch.empty(plan.segments.shape[0], *shape, **kind), 1024
-        self.scan(value, None, ends, reverse=reverse, entries=True, kept=decays)
+        self.scan(value, None, ends, reverse=reverse, entries=True, kept=decays, fine=fine)
         self.launch(
             combine_kernel, (nheads, _triton.cdiv(headdim * d_state, block), plan.sequences.shape[0]),
             (ends, decays, initial, starts, plan.sequences, nheads, headdim * d_state), (reverse, initial is None),
@@ -484,8 +490,10 @@ def forward(
         call = Call(x, dt, decay, B, C, dt_bias, cu_seqlens is None, dt_softplus, (dt_min, dt_max))
         call.prepare(cu_seqlens, None, D, initial_states)
         y, final = torch.empty(x.shape, dtype=x.dtype, device=x.device), call.last_states()
-        starts = call.entries(x, None if initial_states is None else initial_states.contiguous())
-        call.scan(x, starts, final, out=y, D=D, saved=states if call.family.hopper and states.numel() else None)
+        saved = states if call.family.hopper and states.numel() else None
+        initial = None if initial_states is None else initial_states.contiguous()
+        starts = call.entries(x, initial, fine=saved is not None)
+        call.scan(x, starts, final, out=y, D=D, saved=saved)
         return y, final, states
 
 

@@ -138,6 +138,27 @@ def test_states_are_kept_for_a_backward_alone(hopper: list[str]) -> None:
     assert hopper.count("scan_hopper_kernel") == 2
 
 
+def test_kept_states_are_rounded_once(hopper: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not their inputs: where a head forgets fast, A's gradient would have most of its error from there."""
+    from dualscan.ops.ssd import triton_scan
+
+    monkeypatch.setattr(triton_scan, "_segment", lambda *_: 256)
+    length = 64 * EVERY
+    problem = ssd_problem(dtype=BFLOAT16, **{**BASE, "seqlen": 4 * length, "nheads": 2})
+    t = problem.tensors | {"dt": torch.full_like(problem.tensors["dt"], 0.1), "A": torch.tensor([-1.0, -8.0])}
+    arguments = [t[name] for name in ("x", "dt", "A", "B", "C")]
+    *_, kept = triton_scan.forward(*arguments, None, None, None, None, False, 0.0, float("inf"), True)
+    x, dt, A, B, _ = (a.double() for a in arguments)
+    state = torch.zeros(2, 64, 64, dtype=torch.float64)
+    for token in range(3 * length):
+        state = (dt[0, token] * A).exp()[:, None, None] * state
+        state += (dt[0, token][:, None] * x[0, token])[..., None] * B[0, token, 0]
+        if (token + 1) % length == 0:
+            rounded = state.mT.bfloat16()
+            assert (kept[(token + 1) // length] == rounded).double().mean() > 0.99
+    assert "combine_kernel" in hopper
+
+
 # Two programs share a multiprocessor; what registers do not hold is read again from a cache that they leave little of:
 # 48 bytes with Triton 3.6, 80 with 3.8.
 MOST_SHARED, MOST_STACK = 113 * 1024, 96

@@ -114,13 +114,15 @@ def scan_hopper_kernel(
     out_l, nheads, heads_per_group, headdim, d_state, seqlen, padded,
     Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, EVERY: gl.constexpr, RAGGED: gl.constexpr,
     REVERSE: gl.constexpr, OUTPUT: gl.constexpr, SAVE: gl.constexpr, KEPT: gl.constexpr, ENTRIES: gl.constexpr,
-    HAS_D: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, num_warps: gl.constexpr,
+    FINE: gl.constexpr, HAS_D: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """One program: P columns of one head over one segment, N columns of the state, as `scan_kernel`.
 
     Grid `(nheads * headdim // P, segments, d_state // N)`; with OUTPUT N is the whole state. SAVE writes the state at
     the entry of every super-chunk of EVERY chunks, and KEPT its inner product with `counterpart`'s; ENTRIES gives the
-    segment's log-decay, as there.
+    segment's log-decay, as there. FINE adds to that state what the rounding of its last chunk's inputs left out, from
+    which A's gradient had most of its error: where a head forgets fast, the tokens next to it are all that it holds.
     """
     dtype: gl.constexpr = value.dtype
     halves: gl.constexpr = num_warps // 4
@@ -345,6 +347,11 @@ def scan_hopper_kernel(
             out_smem.permute((1, 0)).store(y.to(dtype))
         else:
             state = warpgroup_mma_wait(0, deps=[state])
+        if FINE:  # noqa: SIM102
+            # Of the chunk before a super-chunk. Nothing is in flight here.
+            if c % EVERY == (0 if REVERSE else EVERY - 1):
+                exact = v.permute((1, 0)).load(left).to(gl.float32) * share_smem.load(gl.SliceLayout(0, left))[None, :]
+                state = warpgroup_mma((exact - exact.to(dtype).to(gl.float32)).to(dtype), k, state)
         if KEPT:
             # A super-chunk of one chunk has only just sent its own.
             late = more & (c % EVERY == 0) & ((EVERY == 1) | (turn == 0))
