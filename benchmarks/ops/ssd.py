@@ -49,7 +49,7 @@ DOCUMENTS = (1731, 64, 517, 3, 902, 1, 2900, 333, 1200, 77)
 # This library's backward with less memory.
 LESS = "keep_states=False"
 # Draws of the inputs that errors are taken over.
-DRAWS = 16
+DRAWS = 32
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias")
 Inputs = dict[str, Tensor]
 
@@ -116,9 +116,12 @@ def gradients(run: Callable[[Inputs], Tensor], t: Inputs) -> dict[str, Tensor]:
     return {"y": y.detach()} | {f"d{name}": g for name, g in zip(NAMES, grads, strict=True)}
 
 
-def errors(
-    runs: dict[str, Callable[[Inputs], Tensor]], shape: tuple[int, ...], packed: bool
-) -> dict[str, dict[str, float]]:
+def candidates() -> dict[str, Callable[[Inputs], Tensor]]:
+    """Ours, and the rival where it is installed."""
+    return {"dualscan": ours} | ({"mamba_ssm": rival} if rival_package() else {})
+
+
+def errors(shape: tuple[int, ...], packed: bool) -> dict[str, dict[str, float]]:
     """Relative RMS errors against float64, on sequences of at most 2048 tokens and few heads of the shape.
 
     Over `DRAWS` draws: dA is one number a head, in which what the tokens round cancels, more or less as it happens.
@@ -126,13 +129,18 @@ def errors(
     batch, seqlen, nheads, headdim, ngroups, d_state = shape
     # As divisible as the shape itself, since the rival's kernels are compiled for that.
     rows, few = min(batch, 2 if batch % 16 else 16), nheads if nheads % 16 else 16
-    squares: dict[str, dict[str, list[float]]] = {name: {} for name in runs}
+    return _errors((rows, min(seqlen, 2048), few, headdim, min(ngroups, 16), d_state), packed)
+
+
+@cache
+def _errors(sizes: tuple[int, ...], packed: bool) -> dict[str, dict[str, float]]:
+    squares: dict[str, dict[str, list[float]]] = {name: {} for name in candidates()}
     for seed in range(DRAWS):
-        t = inputs(rows, min(seqlen, 2048), few, headdim, min(ngroups, 16), d_state, packed, seed)
+        t = inputs(*sizes, packed, seed)
         exact = {name: v.detach().double().requires_grad_() for name, v in t.items() if v.is_floating_point()}
         others = {name: v for name, v in t.items() if name not in exact}
         oracle = gradients(lambda exact, others=others: ours(exact | others, impl="chunked"), exact)
-        for name, run in runs.items():
+        for name, run in candidates().items():
             for key, g in gradients(run, t).items():
                 relative = (g.double() - oracle[key]).norm() / oracle[key].norm()
                 squares[name].setdefault(key, []).append(relative.item() ** 2)
@@ -189,14 +197,14 @@ def report(shape: str, pass_: str, name: str, seconds: float, versus: float | No
 
 def sequences(shape: str, repeats: int, ceiling: tuple[float, float], tested: bool) -> list[dict[str, Any]]:
     """Forward, and forward + backward, of one shape."""
-    runs = {"dualscan": ours} | ({"mamba_ssm": rival} if rival_package() else {})
+    runs = candidates()
     sizes, packed = SHAPES[shape], "packed" in shape
     t = inputs(*sizes, packed)
     without = {name: v.detach() for name, v in t.items()}
     # The rival tunes itself on the first sizes that it sees: they must be these, not those of the error's check.
     for run in runs.values():
         gradients(run, t)
-    error = errors(runs, sizes, packed)
+    error = errors(sizes, packed)
     records = []
     for pass_ in ("fwd", "fwdbwd"):
         calls: dict[str, Callable[[], object]] = {
@@ -377,7 +385,7 @@ def first_call() -> list[dict[str, Any]]:
 def both_passes(shape: str) -> None:
     """Forward and backward of ours and the rival's: all the kernels of a shape."""
     t = inputs(*SHAPES[shape], "packed" in shape)
-    for run in [ours, rival] if rival_package() else [ours]:
+    for run in candidates().values():
         gradients(run, t)
 
 

@@ -145,7 +145,7 @@ def test_kept_states_are_rounded_once(hopper: list[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(triton_scan, "_segment", lambda *_: 256)
     length = 64 * EVERY
     problem = ssd_problem(dtype=BFLOAT16, **{**BASE, "seqlen": 4 * length, "nheads": 2})
-    t = problem.tensors | {"dt": torch.full_like(problem.tensors["dt"], 0.1), "A": torch.tensor([-1.0, -8.0])}
+    t = problem.tensors | {"dt": torch.full_like(problem.tensors["dt"], 0.5), "A": torch.tensor([-1.0, -8.0])}
     arguments = [t[name] for name in ("x", "dt", "A", "B", "C")]
     *_, kept = triton_scan.forward(*arguments, None, None, None, None, False, 0.0, float("inf"), True)
     x, dt, A, B, _ = (a.double() for a in arguments)

@@ -38,6 +38,8 @@ LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
 CONTIGUOUS = torch.contiguous_format
 # Columns of a state that fit the registers of four warps.
 NARROW = gl.constexpr(128)
+# Tokens next to a state that is kept, whose inputs' rounding is made up for: the depth of one product.
+NEAREST = gl.constexpr(16)
 # Triton 3.6 and 3.8 name it differently.
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
@@ -109,6 +111,15 @@ def keep_bits(x, mask):
 
 
 @gluon.jit
+def add_rest(state, v, k, share, first: gl.constexpr, left: gl.constexpr):
+    """Adds to a state what rounding left out of the NEAREST tokens' scaled inputs from `first` on."""
+    factor = share.slice(first, NEAREST).load(gl.SliceLayout(0, left))
+    exact = v.slice(first, NEAREST).permute((1, 0)).load(left).to(gl.float32) * factor[None, :]
+    rest = exact - exact.to(v.dtype).to(gl.float32)
+    return warpgroup_mma(rest.to(v.dtype), k.slice(first, NEAREST), state)
+
+
+@gluon.jit
 def scan_hopper_kernel(
     query, key, value, out, out_pointer, saved, counterpart, kept, scale, sums, D, initial, final, segments, D_h, D_p,
     out_l, nheads, heads_per_group, headdim, d_state, seqlen, padded,
@@ -121,8 +132,8 @@ def scan_hopper_kernel(
 
     Grid `(nheads * headdim // P, segments, d_state // N)`; with OUTPUT N is the whole state. SAVE writes the state at
     the entry of every super-chunk of EVERY chunks, and KEPT its inner product with `counterpart`'s; ENTRIES gives the
-    segment's log-decay, as there. FINE adds to that state what the rounding of its last chunk's inputs left out, from
-    which A's gradient had most of its error: where a head forgets fast, the tokens next to it are all that it holds.
+    segment's log-decay, as there. FINE adds to that state what rounding left out of the inputs next to it, from which
+    A's gradient had most of its error: where a head forgets fast, they are all that the state holds.
     """
     dtype: gl.constexpr = value.dtype
     halves: gl.constexpr = num_warps // 4
@@ -350,8 +361,7 @@ def scan_hopper_kernel(
         if FINE:  # noqa: SIM102
             # Of the chunk before a super-chunk. Nothing is in flight here.
             if c % EVERY == (0 if REVERSE else EVERY - 1):
-                exact = v.permute((1, 0)).load(left).to(gl.float32) * share_smem.load(gl.SliceLayout(0, left))[None, :]
-                state = warpgroup_mma((exact - exact.to(dtype).to(gl.float32)).to(dtype), k, state)
+                state = add_rest(state, v, k, share_smem, 0 if REVERSE else Q - NEAREST, left)
         if KEPT:
             # A super-chunk of one chunk has only just sent its own.
             late = more & (c % EVERY == 0) & ((EVERY == 1) | (turn == 0))
