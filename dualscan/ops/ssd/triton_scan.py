@@ -16,7 +16,7 @@ import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -31,16 +31,14 @@ from dualscan.ops.ssd.triton_combine import SEGMENTS_AT_ONCE, combine_kernel
 
 # For the split of sequences: programs of the sequential kernel that a multiprocessor holds; a chunk's states, and the
 # joining of one program's, in units of a chunk's full work; the fewest tokens worth a segment, and the most segments.
+# A join costs little while the L2 cache holds the states, and more beyond: few segments are as good as any number then.
 RESIDENT = 2
 # States of so many columns and more take a multiprocessor for themselves on Hopper.
 WIDE_STATE = 256
 STATES_COST = 0.35
-JOIN_COST = 1.2
+JOIN_COST = 4.0
 SHORTEST_SEGMENT = 256
 MOST_SEGMENTS = 64
-# So many segments of a sequence Hopper's programs join themselves as they start: every one adds up those before it. A
-# launch for it takes 20 us, whatever its size.
-MOST_JOINED = 8
 # Rows of a state that a program of the decoding step holds.
 STEP_ROWS = 32
 
@@ -310,23 +308,6 @@ def _segment(seqlen: int, programs: int, chunk: int, every: int, slots: int) -> 
     return supers * every * chunk
 
 
-class Start(NamedTuple):
-    """What the segments of a scan start with.
-
-    Attributes:
-        initial: `(segments, h, p, n)` float32; or, with `ends`, one a sequence.
-        ends: `(inner segments, h, p, n)` float32, what each leaves of nothing, without every sequence's last segment
-            (reverse: its first).
-        decays: `(inner segments, h)` float32, log2 of what it leaves of the state before it.
-        joined: with `ends`, the segments of each sequence.
-    """
-
-    initial: Tensor | None = None
-    ends: Tensor | None = None
-    decays: Tensor | None = None
-    joined: int = 0
-
-
 @dataclass(slots=True, eq=False)
 class Call:
     """One call's tensors, family, plan and decays, shared by forward and backward."""
@@ -414,7 +395,7 @@ class Call:
         return _triton.describe(TensorDescriptor, saved, shape, [width, 1], tile) if self.family.tma else saved
 
     def scan(
-        self, value: Tensor, start: Start, final: Tensor | None, *, reverse: bool = False,
+        self, value: Tensor, initial: Tensor | None, final: Tensor | None, *, reverse: bool = False,
         entries: bool = False, out: Tensor | None = None, D: Tensor | None = None, saved: Tensor | None = None,
         counterpart: Tensor | None = None, kept: Tensor | None = None, fine: bool = False,
     ) -> None:  # fmt: skip
@@ -430,10 +411,11 @@ class Call:
         name = (reverse, entries, output, saved is None, kept is None, fine)
         flags = {
             "REVERSE": reverse, "OUTPUT": output, "SAVE": saved is not None, "KEPT": kept is not None and not entries,
-            "ENTRIES": entries, "HAS_D": D is not None, "HAS_INITIAL": start.initial is not None,
+            "ENTRIES": entries, "HAS_D": D is not None, "HAS_INITIAL": initial is not None,
             "HAS_FINAL": final is not None,
         }  # fmt: skip
         grid = (nheads * self.blocks, segments.shape[0])
+        shared = (kept, self.scale, self.sums, D, initial, final, segments, *skip)
         sizes = (nheads, nheads // key.shape[2], headdim, n)
         if self.family.hopper:
             # States alone are computed in slices of the narrow kernel, with an output in one.
@@ -445,10 +427,9 @@ class Call:
             )  # fmt: skip
             self.launch(
                 hopper.scan_hopper_kernel, (*grid, n // columns),
-                (*described, kept, self.scale, self.sums, D, start.initial, start.ends, start.decays, final, segments,
-                 *skip, start.joined, 0 if out is None else out.stride(1), *sizes, value.shape[1], self.padded),
+                (*described, *shared, 0 if out is None else out.stride(1), *sizes, value.shape[1], self.padded),
                 name, Q=config.chunk, N=columns, P=p, EVERY=self.family.every, RAGGED=self.family.ragged,
-                FINE=fine, JOIN=start.joined > 0, **flags, num_warps=8 if columns > hopper.NARROW.value else 4,
+                FINE=fine, **flags, num_warps=8 if columns > hopper.NARROW.value else 4,
             )  # fmt: skip
             return
         wide = configs.power_of_two(n)
@@ -457,38 +438,34 @@ class Call:
         described = (self.tiles(query, wide), self.tiles(key, wide), self.tiles(value, p), left, saved, others)
         strides = [step for t in (query, key, value, out) for step in ((0, 0, 0) if t is None else t.stride()[:3])]
         self.launch(
-            scan_kernel, grid,
-            (*described, kept, self.scale, self.sums, D, start.initial, final, segments, *skip, *strides, *sizes,
-             self.padded),
-            name,
+            scan_kernel, grid, (*described, *shared, *strides, *sizes, self.padded), name,
             Q=config.chunk, N=wide, P=p, STAGES=config.stages if output else config.states_stages,
             TMA=self.family.tma, PRECISION=config.precision,
             num_warps=config.warps if output else config.states_warps, **flags,
         )  # fmt: skip
 
-    def entries(self, value: Tensor, initial: Tensor | None, *, reverse: bool = False, fine: bool = True) -> Start:
-        """What every segment starts with: the given states `(sequences, h, p, n)` where a sequence is one segment.
+    def entries(
+        self, value: Tensor, initial: Tensor | None, *, reverse: bool = False, fine: bool = True
+    ) -> Tensor | None:
+        """States at the entry of every segment `(segments, h, p, n)`: the given ones where a sequence is one segment.
 
-        Else the segments' own contributions are computed in parallel, and joined here or by the programs themselves.
+        Else the segments' own contributions are computed in parallel and joined.
         """
         plan, (nheads, headdim), d_state = self.plan, value.shape[2:], self.B.shape[3]
         if not plan.split:
-            return Start(initial)
-        inner, count = plan.after if reverse else plan.before, plan.segments.shape[0]
+            return initial
+        inner = plan.after if reverse else plan.before
         shape, kind = (nheads, headdim, d_state), {"dtype": torch.float32, "device": value.device}
         ends, decays = torch.empty(inner.shape[0], *shape, **kind), torch.empty(inner.shape[0], nheads, **kind)
-        self.scan(value, Start(), ends, reverse=reverse, entries=True, kept=decays, fine=fine)
-        each = count // plan.sequences.shape[0]
-        if self.family.hopper and not plan.ragged and each <= MOST_JOINED:
-            return Start(initial, ends, decays, each)
-        starts, block = torch.empty(count, *shape, **kind), 1024
+        starts, block = torch.empty(plan.segments.shape[0], *shape, **kind), 1024
+        self.scan(value, None, ends, reverse=reverse, entries=True, kept=decays, fine=fine)
         self.launch(
             combine_kernel, (nheads, _triton.cdiv(headdim * d_state, block), plan.sequences.shape[0]),
             (ends, decays, initial, starts, plan.sequences, nheads, headdim * d_state), (reverse, initial is None),
             BLOCK=block, REVERSE=reverse, INNER=not plan.ragged, HAS_INITIAL=initial is not None,
             AT_ONCE=SEGMENTS_AT_ONCE,
         )  # fmt: skip
-        return Start(starts)
+        return starts
 
     def last_states(self) -> Tensor:
         """Room for one state a sequence."""

@@ -121,11 +121,11 @@ def add_rest(state, v, k, share, first: gl.constexpr, left: gl.constexpr):
 
 @gluon.jit
 def scan_hopper_kernel(
-    query, key, value, out, out_pointer, saved, counterpart, kept, scale, sums, D, initial, ends, decays, final,
-    segments, D_h, D_p, joined, out_l, nheads, heads_per_group, headdim, d_state, seqlen, padded,
+    query, key, value, out, out_pointer, saved, counterpart, kept, scale, sums, D, initial, final, segments, D_h, D_p,
+    out_l, nheads, heads_per_group, headdim, d_state, seqlen, padded,
     Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr, EVERY: gl.constexpr, RAGGED: gl.constexpr,
     REVERSE: gl.constexpr, OUTPUT: gl.constexpr, SAVE: gl.constexpr, KEPT: gl.constexpr, ENTRIES: gl.constexpr,
-    FINE: gl.constexpr, JOIN: gl.constexpr, HAS_D: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr,
+    FINE: gl.constexpr, HAS_D: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """One program: P columns of one head over one segment, N columns of the state, as `scan_kernel`.
@@ -197,19 +197,10 @@ def scan_hopper_kernel(
     p = column + gl.arange(0, P, layout=gl.SliceLayout(1, wide))
     n = n_first + gl.arange(0, N, layout=gl.SliceLayout(0, wide))
     per_head = headdim * d_state
-    place_in_state = p[:, None] * d_state + n[None, :]
     if HAS_INITIAL:
-        source = segment // joined if JOIN else segment
-        state = gl.load(initial + (source.to(gl.int64) * nheads + h) * per_head + place_in_state)
+        state = gl.load(initial + (segment.to(gl.int64) * nheads + h) * per_head + p[:, None] * d_state + n[None, :])
     else:
         state = gl.zeros([P, N], gl.float32, wide)
-    if JOIN:
-        # Every sequence has so many segments, and ends of all but its last one (REVERSE: its first).
-        sequence, own = segment // joined, segment % joined
-        for i in range(joined - 1 - own if REVERSE else own):
-            other = sequence * (joined - 1) + (joined - 2 - i if REVERSE else i)
-            lane = other.to(gl.int64) * nheads + h
-            state = state * gl.exp2(gl.load(decays + lane)) + gl.load(ends + lane * per_head + place_in_state)
     if HAS_D:
         skip = gl.load(D + h * D_h + (column + gl.arange(0, P, layout=rows)) * D_p).to(gl.float32)
 
