@@ -194,7 +194,7 @@ class Mamba2(Float32Parameters):
 
     def _sequence(self, u: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Mamba2State]:
         """The layer through the operators, which keep less for the backward where the layer is asked to."""
-        zxbcdt = apply_linear(self.in_proj, u)
+        zxbcdt = apply_linear(self.in_proj, u, spaced=True)
         if self.projection_scales is not None:
             zxbcdt = zxbcdt * self._scales(zxbcdt)
         sizes = self._fused(zxbcdt)

@@ -11,6 +11,8 @@ from dualscan.ops import decode
 from dualscan.ops._autograd import unwatched
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+# cuBLAS takes up to 7 % longer for a low dtype's product whose columns are no multiple of so many.
+COLUMNS = 32
 
 
 class Float32Parameters(nn.Module):
@@ -35,7 +37,7 @@ class Float32Parameters(nn.Module):
         return self
 
 
-def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
+def apply_linear(module: nn.Module, x: Tensor, *, spaced: bool = False) -> Tensor:
     """`module(x)`; a plain `nn.Linear` goes through `project`.
 
     Anything else that stands where a projection stood (one with an adapter, a quantised or a parametrised one, one with
@@ -44,11 +46,12 @@ def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
     Args:
         module: maps `(..., in)` to `(..., out)`.
         x: `(..., in)`.
+        spaced: as in `project`.
 
     Returns:
         `(..., out)`.
     """
-    return project(x, module.weight, module.bias) if is_plain_linear(module) else module(x)
+    return project(x, module.weight, module.bias, spaced=spaced) if is_plain_linear(module) else module(x)
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -61,7 +64,7 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, spaced: bool = False) -> Tensor:
     """`F.linear`, by a kernel of its own where there are few rows on a CPU.
 
     In a training step under `torch.autocast` on a GPU the weight's gradient is float32 from the start: see `Product`.
@@ -73,12 +76,13 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x: `(..., in)`.
         weight: `(out, in)`.
         bias: `(out,)`.
+        spaced: rows of the result may lie further apart than they are long, where that is faster.
 
     Returns:
         `(..., out)`.
     """
     if x.is_cuda and _trains_under_autocast(x, weight, bias):
-        return Product.apply(x, weight)
+        return Product.apply(x, weight, COLUMNS if spaced else 1)
     if x.numel() > decode.MOST_ROWS * x.shape[-1] or x.device.type != "cpu" or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
@@ -106,19 +110,45 @@ class Product(torch.autograd.Function):
     """`x weightᵀ` in the low dtype of x, with a float32 weight whose gradient keeps the product's float32 sums.
 
     Autocast casts the weight, and so rounds the gradient and casts that: a pass over it more, and an error.
+
+    The products have a multiple of so many columns: the weight's copy has more rows than the weight. What these hold,
+    and what lies between the rows of y and of its gradient, is anything, and reaches nothing else: a column of y, and a
+    row of the weight's gradient, depend on one row of the weight, and the gradient of x leaves the others out.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        low = weight.to(x.dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, multiple: int = 1) -> Tensor:
+        columns = weight.shape[0]
+        more = -columns % multiple
+        if more:
+            low = torch.empty(columns + more, weight.shape[1], dtype=x.dtype, device=x.device)
+            low[:columns] = weight
+        else:
+            low = weight.to(x.dtype)
         ctx.save_for_backward(x, low)
-        return F.linear(x, low)
+        y = F.linear(x, low)
+        return y[..., :columns] if more else y
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         (dy,), (x, low) = grad_outputs, ctx.saved_tensors
-        dx = dy @ low if ctx.needs_input_grad[0] else None
-        rows, inputs = dy.flatten(0, -2).t(), x.flatten(0, -2)
-        if not rows.is_cuda or torch.is_grad_enabled():  # sums of a low dtype's product exist on a GPU only
-            return dx, rows.float() @ inputs.float()
-        return dx, torch.mm(rows, inputs, out_dtype=torch.float32)
+        columns = dy.shape[-1]
+        dx = dy @ low[:columns] if ctx.needs_input_grad[0] else None
+        rows, inputs = dy.flatten(0, -2), x.flatten(0, -2)
+        if torch.is_grad_enabled():
+            return dx, rows.t().float() @ inputs.float(), None
+        rows = _widened(rows, low.shape[0]).t()
+        if rows.is_cuda:
+            dweight = torch.mm(rows, inputs, out_dtype=torch.float32)
+        else:  # sums of a low dtype's product exist on a GPU only
+            dweight = rows.float() @ inputs.float()
+        return dx, dweight[:columns], None
+
+
+def _widened(rows: Tensor, width: int) -> Tensor:
+    """Rows that lie `width` elements apart, with what is between them; others as they are."""
+    count, size = len(rows), rows.element_size()
+    end = (rows.storage_offset() + count * width) * size
+    if rows.stride() != (width, 1) or end > rows.untyped_storage().nbytes():
+        return rows
+    return rows.as_strided((count, width), (width, 1))

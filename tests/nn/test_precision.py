@@ -12,7 +12,7 @@ from dualscan.nn.attention import Attention
 from dualscan.nn.mamba import Mamba
 from dualscan.nn.mamba2 import Mamba2
 from dualscan.nn.mlp import MLP
-from dualscan.nn.precision import Float32Parameters, Product, apply_linear, project
+from dualscan.nn.precision import Float32Parameters, Product, _widened, apply_linear, project
 from tests.oracle import assert_close
 
 EXACT = ("A_log", "dt_bias", "D", "norm.weight")
@@ -193,3 +193,33 @@ def test_the_product_of_training_is_the_linear_map():
     assert dweight.dtype == torch.float32
     torch.testing.assert_close(dweight, dy.double().flatten(0, 1).t().mm(x.double().flatten(0, 1)).float())
     torch.testing.assert_close(dx, (dy.double() @ weight.bfloat16().double()).bfloat16())
+
+
+@pytest.mark.parametrize("spaced", [False, True], ids=["dense gradient", "spaced gradient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_columns_change_nothing(dtype: torch.dtype, spaced: bool) -> None:
+    """Whatever lies between the rows, NaN here, of y and of its gradient."""
+    x = torch.randn(2, 3, 8).to(dtype).requires_grad_()
+    weight = nn.Parameter(torch.randn(5, 8))
+    dy = torch.full((2, 3, 16 if spaced else 5), torch.nan, dtype=dtype)[..., :5]
+    dy.normal_()
+    y = Product.apply(x, weight, 16)
+    assert (y.shape, y.stride()) == ((2, 3, 5), (48, 16, 1))
+    expected = Product.apply(x, weight)
+    torch.testing.assert_close(y, expected)
+    grads, wanted = ([], [])
+    for out, found in ((y, grads), (expected, wanted)):
+        x.grad = weight.grad = None
+        out.backward(dy)
+        found += [x.grad, weight.grad]
+    assert weight.grad is not None
+    assert weight.grad.is_contiguous()
+    for got, grad in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got, grad)
+
+
+def test_a_gradient_at_the_end_of_its_memory_is_not_widened() -> None:
+    rows = torch.randn(3 * 16 - 1)
+    assert _widened(rows.as_strided((3, 5), (16, 1)), 16).shape == (3, 5)
+    assert _widened(rows.as_strided((2, 5), (16, 1), 15), 16).shape == (2, 16)
+    assert _widened(rows.view(-1)[:15].view(3, 5), 16).shape == (3, 5)

@@ -51,11 +51,17 @@ class MixOutput(NamedTuple):
 
 def runs(projected: Tensor, conv_weight: Tensor, d_inner: int, sizes: Sizes) -> bool:
     """Whether the kernels take these tensors; where they do not, the three operators are to be called."""
-    if not projected.is_cuda or projected.numel() == 0 or not projected.is_contiguous():
+    if not projected.is_cuda or projected.numel() == 0 or not (projected.is_contiguous() or _spaced(projected)):
         return False
     d_state = (conv_weight.shape[0] - d_inner) // (2 * sizes.ngroups)
     group = d_inner // sizes.norm_groups
     return _fits(projected.device, projected.dtype, conv_weight.dtype, d_state, group)
+
+
+def _spaced(t: Tensor) -> bool:
+    """Whether `(batch, seqlen, width)` may be the first columns of a wider contiguous tensor."""
+    (_, seqlen, width), (batch_step, step, last) = t.shape, t.stride()
+    return last == 1 and step > width and batch_step == seqlen * step
 
 
 @cache
@@ -85,7 +91,8 @@ def mix(
     checked.
 
     Args:
-        projected: `(batch, seqlen, 2 d_inner + 2 ngroups d_state + nheads)`, contiguous.
+        projected: `(batch, seqlen, 2 d_inner + 2 ngroups d_state + nheads)`, contiguous or the first columns of what
+            is; its gradient is laid out likewise.
         conv_weight: `(channels, 1, width)` with channels = d_inner + 2 ngroups d_state, as `nn.Conv1d` has it.
         conv_bias: `(channels,)`.
         A_log: `(nheads,)` float32, logarithm of -A.

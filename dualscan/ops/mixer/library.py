@@ -100,10 +100,19 @@ def _fake_forward(
     )
 
 
+def empty_rows(like: Tensor) -> Tensor:
+    """Memory for a tensor like `(batch, seqlen, width)`, which is contiguous or the first columns of one that is."""
+    if like.is_contiguous():
+        return torch.empty_like(like)
+    batch, seqlen, width = like.shape
+    return torch.empty(batch, seqlen, like.stride(1), dtype=like.dtype, device=like.device)[..., :width]
+
+
 @torch.library.register_fake("dualscan::mamba2_mix_bwd", lib=_LIB)
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     inputs = args[_FIRST : _FIRST + _DIFFERENTIABLE]
     grads = [args[_FIRST].new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+    grads[0] = empty_rows(inputs[0])
     if inputs[7] is not None:
         grads[7] = inputs[7].new_empty(inputs[7].transpose(1, 2).shape).transpose(1, 2)
     return tuple(grads)

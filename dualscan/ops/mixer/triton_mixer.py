@@ -16,6 +16,7 @@ from torch import Tensor
 from dualscan.ops import _triton
 from dualscan.ops._launch import Launcher
 from dualscan.ops.conv1d import triton_conv1d
+from dualscan.ops.mixer.library import empty_rows
 from dualscan.ops.norm import triton_norm
 from dualscan.ops.ssd import triton_gradients, triton_scan
 from dualscan.ops.triton_common import LOG2E
@@ -104,7 +105,7 @@ def backward(
     if not keep:
         convolved, _ = triton_conv1d.forward(xBC, taps, conv_bias, conv_states, cu_seqlens, True)
     x, B, C = channels(convolved, d_inner, nheads, ngroups)
-    dprojected, dconvolved = torch.empty_like(projected), torch.empty_like(convolved)
+    dprojected, dconvolved = empty_rows(projected), torch.empty_like(convolved)
     grads = columns(dprojected, *widths)
     dy = projected.new_zeros(z.shape) if dy is None else dy
     dscanned, _, dnorm_weight = triton_norm.backward(

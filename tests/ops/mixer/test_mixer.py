@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dualscan.nn import precision
 from dualscan.nn.mamba2 import Mamba2, Mamba2State
 from dualscan.ops import mixer
 from tests.oracle import assert_close
@@ -67,8 +68,16 @@ def composed(layer: Mamba2, zxbcdt: Tensor, state: Mamba2State | None, cu_seqlen
     return mixer.MixOutput(y, *after, y)
 
 
-def run(form: Any, layer: Mamba2, dtype: torch.dtype, state: bool, lengths: list[int] | None) -> dict[str, Tensor]:
-    """Results and all gradients by name, of inputs rounded to the layer's dtype."""
+def spaced(t: Tensor, more: int) -> Tensor:
+    """`t` with so many NaN between its rows."""
+    rows = torch.full((*t.shape[:-1], t.shape[-1] + more), torch.nan, dtype=t.dtype, device=t.device)
+    return rows[..., : t.shape[-1]].copy_(t)
+
+
+def run(
+    form: Any, layer: Mamba2, dtype: torch.dtype, state: bool, lengths: list[int] | None, more: int = 0
+) -> dict[str, Tensor]:
+    """Results and all gradients by name, of inputs rounded to the layer's dtype; `more` as in `spaced`."""
     generator = torch.Generator().manual_seed(5)
 
     def normal(*shape: int) -> Tensor:
@@ -78,7 +87,7 @@ def run(form: Any, layer: Mamba2, dtype: torch.dtype, state: bool, lengths: list
     batch, seqlen = (2, 33) if lengths is None else (1, sum(lengths))
     nseq = batch if lengths is None else len(lengths)
     width = layer.d_inner + layer.conv1d.in_channels + layer.nheads
-    leaves = {"zxbcdt": normal(batch, seqlen, width).to(dtype).to(low)}
+    leaves = {"zxbcdt": spaced(normal(batch, seqlen, width).to(dtype).to(low), more)}
     states = None
     if state:
         leaves["conv"] = normal(nseq, layer.conv1d.in_channels, layer.d_conv - 1).to(dtype).to(low)
@@ -139,6 +148,38 @@ def test_what_is_not_kept_is_computed_again(case: str) -> None:
     assert sizes[0] - sizes[1] == 4 * 2 * 20 * made.conv1d.in_channels
 
 
+@pytest.mark.parametrize("case", ["groups", "packed, states"])
+def test_rows_of_the_projection_may_be_spaced(case: str) -> None:
+    options = dict(CASES[case])
+    state, lengths = options.pop("state", False), options.pop("lengths", None)
+    made = layer(torch.float16, **options)
+    expected = run(fused, made, torch.float16, state, lengths)
+    got = run(fused, made, torch.float16, state, lengths, more=7)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_product_before_it_gets_a_gradient_of_whole_rows(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = layer(torch.float16)
+    weight = made.in_proj.weight.detach().float().requires_grad_()
+    u = torch.randn(batch, 20, made.d_model, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    widths, results = [], []
+    widened = precision._widened
+
+    def watch(rows: Tensor, width: int) -> Tensor:
+        wide = widened(rows, width)
+        widths.append(wide.shape[1])
+        return wide
+
+    monkeypatch.setattr(precision, "_widened", watch)
+    for multiple in (1, 32):
+        y = fused(made, precision.Product.apply(u, weight, multiple), None, None).y
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), (u, weight, made.conv1d.weight))))
+    assert widths == [made.in_proj.out_features, 32 * -(-made.in_proj.out_features // 32)]
+    for name, got, expected in zip(("y", "du", "dweight", "dconv"), *reversed(results), strict=True):
+        assert_close(name, got, expected.double(), dtype=torch.float16)
+
+
 def test_the_gate_can_be_applied_again() -> None:
     made = layer(torch.float32)
     zxbcdt = torch.randn(2, 20, made.in_proj.out_features, device=DEVICE)
@@ -165,9 +206,10 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(y.sum(), zxbcdt, create_graph=True)
 
 
-def test_the_boundary() -> None:
+@pytest.mark.parametrize("more", [0, 7])
+def test_the_boundary(more: int) -> None:
     made = layer(torch.float32, ngroups=2)
-    zxbcdt = torch.randn(2, 20, made.in_proj.out_features, device=DEVICE, requires_grad=True)
+    zxbcdt = spaced(torch.randn(2, 20, made.in_proj.out_features, device=DEVICE), more).requires_grad_()
     assert made.norm is not None
     parameters = (made.conv1d.weight, made.conv1d.bias, made.A_log, made.dt_bias, made.D, made.norm.weight)
     values = (2, made.d_inner, False, 1e-5, 0.0, float("inf"), True)
@@ -198,9 +240,10 @@ def test_whoever_watches_sees_the_operators() -> None:
     assert {"dualscan::mamba2_mix_fwd", "dualscan::mamba2_mix_bwd"} <= {event.name for event in profile.events() or ()}
 
 
-def test_the_operator_is_traced_whole() -> None:
+@pytest.mark.parametrize("more", [0, 7])
+def test_the_operator_is_traced_whole(more: int) -> None:
     made = layer(torch.float32)
-    zxbcdt = torch.randn(1, 5, made.in_proj.out_features, device=DEVICE, requires_grad=True)
+    zxbcdt = spaced(torch.randn(1, 5, made.in_proj.out_features, device=DEVICE), more).requires_grad_()
 
     def loss(zxbcdt: Tensor) -> Tensor:
         return fused(made, zxbcdt, None, None).y.square().sum()
