@@ -1,10 +1,11 @@
+# ruff: noqa: RUF005 (Triton's tuples can be added, not unpacked)
 """Decoding on a GPU: one token through a Mamba-2 layer in four launches, for the layers that most models are made of.
 
 What `triton_step` does in six, with as few passes over memory as the sums between rows of a matrix allow:
 
 1. `add_kernel` adds the layer before to the residual stream and normalises;
 2. `product_kernel` multiplies with the input matrix; x, B and C go through the convolution before they are stored;
-3. `state_kernel` updates the state, or defers that, and gates what it reads from it;
+3. `state_kernel` updates the state, or `deferred_kernel` defers that, and gates what it reads from it;
 4. `product_kernel` multiplies with the output matrix.
 
 The gated norm needs a sum over all heads, which is known after the third. Its division by the root mean square is the
@@ -44,8 +45,10 @@ MOST_ROWS = 32
 WIDE, DEEP, STAGES, WARPS, PARTS = 64, 128, 4, 4, 4
 # Numbers of a head's state that a program has, warps, and the most registers, by the state's dtype (likewise).
 STATE_TILES = {torch.bfloat16: (2048, 1, None), torch.float32: (8192, 8, None)}
-# The same where it is deferred: more numbers, as every program reads its group's B of all tokens that are kept.
-DEFERRED_TILES = {torch.bfloat16: (4096, 4, None), torch.float32: (4096, 4, 96)}
+# The same where it is deferred: of one warp, to which `deferred_kernel` is laid out.
+DEFERRED_TILES = {torch.bfloat16: (2048, 1, 96), torch.float32: (2048, 1, 112)}
+# Columns of a row that 4 threads load at once, 16 bytes of bfloat16 each.
+LANES = 32
 # Rows from which on states are deferred: fewer wait for launches and not for memory.
 DEFERRED_ROWS = 4
 # Tokens from one write of a state to the next, a power of two. Beside reading S, a token reads what is kept, for a head
@@ -103,42 +106,50 @@ class Deferred(NamedTuple):
 
 @triton.jit(do_not_specialize=["rows"])
 def product_kernel(
-    x, weight, out, conv, taps, bias, rows: tl.int32,
+    x, weight, out, conv, taps, bias, rows: tl.int32, share: tl.int32,
     WIDTH: tl.constexpr, DEPTH: tl.constexpr, BEGIN: tl.constexpr, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
     M: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`out` (PARTS, rows, WIDTH) = x (rows, DEPTH) weight^T, one part for every DEPTH / PARTS columns of the weight.
+    """`out` (PARTS, rows, WIDTH) = x (rows, DEPTH) weight^T, one part for every `share` columns of the weight.
 
     Columns BEGIN to BEGIN + CHANNELS of out are those of the convolution: its state `conv` (rows, TAPS - 1, CHANNELS)
     takes the product in, and SiLU of the convolved value is stored. Grid `(cdiv(WIDTH, WIDE), PARTS)`.
     """
-    n = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    block = tl.program_id(0)
+    if CHANNELS > 0:
+        # Those with the convolution begin first: they have more to do.
+        block = (block + BEGIN // WIDE) % tl.num_programs(0)
+    n = block * WIDE + tl.arange(0, WIDE)
     m, k = tl.arange(0, M), tl.arange(0, DEEP)
-    SHARE: tl.constexpr = DEPTH // PARTS
-    start = tl.program_id(1) * SHARE
+    live = (m < rows)[None, :] & (n < WIDTH)[:, None]
+    start = tl.program_id(1) * (DEPTH // PARTS)
     # Rows beyond the last repeat it: nothing of them is stored, and no load needs a mask.
     weights = weight + tl.minimum(n, WIDTH - 1).to(tl.int64)[:, None] * DEPTH + start + k[None, :]
     values = x + tl.minimum(m, rows - 1)[:, None] * DEPTH + start + k[None, :]
-    result = tl.zeros([WIDE, M], tl.float32)
-    for first in tl.range(0, SHARE, DEEP, num_stages=STAGES):
-        result = tl.dot(tl.load(weights + first), tl.trans(tl.load(values + first)), result)
-    live = (m < rows)[None, :] & (n < WIDTH)[:, None]
     if CHANNELS > 0:
+        # What the convolution needs comes while the matrix does.
         c = n - BEGIN
         mixed = (c >= 0) & (c < CHANNELS)
         inside = live & mixed[:, None]
-        new = result.to(conv.dtype.element_ty)
-        factor = tl.load(taps + c * TAPS + TAPS - 1, mask=mixed, other=0.0).to(tl.float32)
-        total = tl.load(bias + c, mask=mixed, other=0.0).to(tl.float32)[:, None] + factor[:, None] * new.to(tl.float32)
         place = conv + m[None, :] * ((TAPS - 1) * CHANNELS) + c[:, None]
+        past, factors = (), ()
+        for i in tl.static_range(TAPS):
+            factors = factors + (tl.load(taps + c * TAPS + i, mask=mixed, other=0.0).to(tl.float32)[:, None],)
+            if i < TAPS - 1:
+                past = past + (tl.load(place + i * CHANNELS, mask=inside, other=0.0),)
+        shift = tl.load(bias + c, mask=mixed, other=0.0).to(tl.float32)[:, None]
+    result = tl.zeros([WIDE, M], tl.float32)
+    for first in tl.range(0, share, DEEP, num_stages=STAGES):
+        result = tl.dot(tl.load(weights + first), tl.trans(tl.load(values + first)), result)
+    if CHANNELS > 0:
+        new = result.to(conv.dtype.element_ty)
+        total = shift + factors[TAPS - 1] * new.to(tl.float32)
         # An element of the state is read and overwritten by one thread: the tile has no fewer elements than threads
         # can load at once.
         for i in tl.static_range(TAPS - 1):
-            old = tl.load(place + i * CHANNELS, mask=inside, other=0.0)
-            factor = tl.load(taps + c * TAPS + i, mask=mixed, other=0.0).to(tl.float32)
-            total += factor[:, None] * old.to(tl.float32)
+            total += factors[i] * past[i].to(tl.float32)
             if i > 0:
-                tl.store(place + (i - 1) * CHANNELS, old, mask=inside)
+                tl.store(place + (i - 1) * CHANNELS, past[i], mask=inside)
         tl.store(place + (TAPS - 2) * CHANNELS, new, mask=inside)
         result = tl.where(mixed[:, None], total * sigmoid(total), result)
     target = out + (tl.program_id(1) * rows + m[None, :]) * WIDTH + n[:, None]
@@ -147,77 +158,137 @@ def product_kernel(
 
 @triton.jit
 def state_kernel(
-    state, projected, A_log, dt_bias, D, weight, gated, squares, kept_x, kept_B, kept_dt, kept_sums, count,
+    state, projected, A_log, dt_bias, D, weight, gated, squares,
     NHEADS: tl.constexpr, GROUPS: tl.constexpr, HEADDIM: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
-    KEPT: tl.constexpr,
 ):  # fmt: skip
     """One token: P rows of one head's state (HEADDIM, N), changed where it is. Grid `(NHEADS * HEADDIM / P, batch)`.
 
     `projected` (batch, columns) holds z, x, B, C and dt, after the convolution. With y the output of SSD:
     g = y SiLU(z), `gated` (batch, NHEADS * HEADDIM) = weight g, and `squares` (batch, programs) are sums of g^2.
-    KEPT is 0, or the tokens of a `Kept`, and then the last of them alone changes the state.
+    """
+    INNER: tl.constexpr = NHEADS * HEADDIM
+    BLOCKS: tl.constexpr = HEADDIM // P
+    b, h, n = tl.program_id(1).to(tl.int64), tl.program_id(0) // BLOCKS, tl.arange(0, N)
+    p, first, group = tl.arange(0, P), tl.program_id(0) * P, h // (NHEADS // GROUPS)
+    place = state + (b * INNER + first) * N + (p[:, None] * N + n[None, :])
+    previous = tl.load(place)
+    row = projected + b * (2 * INNER + 2 * GROUPS * N + NHEADS)
+    here, key_place = row + first, row + 2 * INNER + group * N + n
+    raw, bias = tl.load(row + 2 * INNER + 2 * GROUPS * N + h).to(tl.float32), tl.load(dt_bias + h)
+    rate = tl.load(A_log + h)
+    value = tl.load(here + INNER + p).to(tl.float32)
+    key, query = tl.load(key_place).to(tl.float32), tl.load(key_place + GROUPS * N).to(tl.float32)
+    scale, _ = step_size(raw, bias, 0.0, 0.0, True, False)
+    log_decay = tl.maximum(-scale * tl.exp(rate), LOWEST) * LOG2E
+    current = previous.to(tl.float32) * tl.exp2(log_decay) + (value * scale)[:, None] * key[None, :]
+    tl.store(place, current.to(state.dtype.element_ty))
+    z = tl.load(here + p).to(tl.float32)
+    g = (tl.sum(current * query[None, :], 1) + tl.load(D + h) * value) * (z * sigmoid(z))
+    tl.store(squares + b * (NHEADS * BLOCKS) + tl.program_id(0), tl.sum(g * g, 0))
+    tl.store(gated + b * INNER + first + p, (g * tl.load(weight + first + p)).to(gated.dtype.element_ty))
+
+
+@triton.jit
+def load_parts(place, PARTS: tl.constexpr, eviction: tl.constexpr = ""):
+    """Rows whose first columns are at `place` (rows, LANES), as PARTS tiles like that."""
+    parts = ()
+    for j in tl.static_range(PARTS):
+        parts = parts + (tl.load(place + j * place.shape[1], eviction_policy=eviction),)
+    return parts
+
+
+@triton.jit
+def inner(rows, others):
+    """Inner products of rows, both as parts: (rows,)."""
+    products = rows[0].to(tl.float32) * others[0].to(tl.float32)
+    for j in tl.static_range(1, len(rows)):
+        products += rows[j].to(tl.float32) * others[j].to(tl.float32)
+    return tl.sum(products, 1)
+
+
+@triton.jit
+def deferred_kernel(
+    state, projected, A_log, dt_bias, D, weight, gated, squares, kept_x, kept_B, kept_dt, kept_sums, count,
+    NHEADS: tl.constexpr, GROUPS: tl.constexpr, HEADDIM: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    KEPT: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """As `state_kernel`, with what a `Kept` holds; the last of KEPT tokens alone changes the state.
+
+    Rows of the state are read KEPT at a time and LANES columns, in tiles as large as those of the B of KEPT tokens: in
+    one warp every thread then has the same columns of all of them and of C, sums over columns take two exchanges
+    between threads, and nothing goes through shared memory. P is a multiple of KEPT, N of LANES, 4 threads' loads.
     """
     INNER: tl.constexpr = NHEADS * HEADDIM
     BLOCKS: tl.constexpr = HEADDIM // P
     SHARING: tl.constexpr = NHEADS // GROUPS
-    b, h, n = tl.program_id(1).to(tl.int64), tl.program_id(0) // BLOCKS, tl.arange(0, N)
-    p, first, group = tl.arange(0, P), tl.program_id(0) * P, h // SHARING
-    if KEPT > 0:
-        position = tl.load(count) & (KEPT - 1)
-    place = state + (b * INNER + first) * N + (p[:, None] * N + n[None, :])
-    previous = tl.load(place)
+    TILES: tl.constexpr = P // KEPT
+    PARTS: tl.constexpr = N // LANES
+    b, h = tl.program_id(1).to(tl.int64), tl.program_id(0) // BLOCKS
+    first, group = tl.program_id(0) * P, h // SHARING
+    # A token or a row of a tile, and the tile: it has every TILES-th row, so that a thread has a row of the program's.
+    i, tile = tl.arange(0, KEPT), tl.arange(0, TILES)
+    p = i[:, None] * TILES + tile[None, :]
+    n = tl.arange(0, LANES)[None, :]
     row = projected + b * (2 * INNER + 2 * GROUPS * N + NHEADS)
-    here = row + first
+    here, newest = row + first, row + 2 * INNER + group * N
+    position = tl.load(count) & (KEPT - 1)
+    place = state + (b * INNER + first) * N
+    previous = ()
+    for k in tl.static_range(TILES):
+        previous = previous + (load_parts(place + (i[:, None] * TILES + k) * N + n, PARTS, "evict_first"),)
+    # Copies for all rows: tiles of one row would be spread over the threads in another way.
+    query = load_parts(newest + GROUPS * N + i[:, None] * 0 + n, PARTS)
+    value, z, gain = tl.load(here + INNER + p), tl.load(here + p).to(tl.float32), tl.load(weight + first + p)
+    tl.debug_barrier()  # Else the compiler has the state wait for the position.
+    kept_x += b * (KEPT * INNER) + first
+    kept_B += b * (KEPT * GROUPS * N) + group * N
+    kept_dt += (b * NHEADS + h) * KEPT
+    kept_sums += (b * NHEADS + h) * KEPT
+    # The newest token stands behind the others, and in all places that are free, whose factors are 0.
+    before = i < position
+    keys = load_parts(tl.where(before, kept_B + i * (GROUPS * N), newest)[:, None] + n, PARTS)
+    values = tl.load(tl.where(before, kept_x + i * INNER, here + INNER)[None, None, :] + p[:, :, None])
+    scales = tl.load(kept_dt + i, mask=before, other=0.0)
+    sums = tl.load(kept_sums + i, mask=before, other=0.0)
+    total = tl.load(kept_sums + position - 1, mask=position > 0, other=0.0)
+    tl.debug_barrier()  # Else what is kept waits for the step size, which is long in computing.
     raw, bias = tl.load(row + 2 * INNER + 2 * GROUPS * N + h).to(tl.float32), tl.load(dt_bias + h)
-    rate = tl.load(A_log + h)
-    value = tl.load(here + INNER + p).to(tl.float32)
-    if KEPT > 0:
-        tl.debug_barrier()  # Else the compiler has the state wait for the position.
-        i = tl.arange(0, KEPT)
-        before = i < position
-        kept_x += b * (KEPT * INNER) + first
-        kept_B += b * (KEPT * GROUPS * N) + group * N
-        kept_dt += (b * NHEADS + h) * KEPT
-        kept_sums += (b * NHEADS + h) * KEPT
-        keys = tl.load(kept_B + (i[:, None] * (GROUPS * N) + n[None, :]), mask=before[:, None], other=0.0)
-        values = tl.load(kept_x + (i[:, None] * INNER + p[None, :]), mask=before[:, None], other=0.0)
-        scales = tl.load(kept_dt + i, mask=before, other=0.0)
-        sums = tl.load(kept_sums + i, mask=before, other=0.0)
-        total = tl.load(kept_sums + position - 1, mask=position > 0, other=0.0)
-    key_place = row + 2 * INNER + group * N + n
-    key, query = tl.load(key_place).to(tl.float32), tl.load(key_place + GROUPS * N).to(tl.float32)
+    rate, skip = tl.load(A_log + h), tl.load(D + h)
     scale, _ = step_size(raw, bias, 0.0, 0.0, True, False)
     log_decay = tl.maximum(-scale * tl.exp(rate), LOWEST) * LOG2E
-    if KEPT == 0:
-        current = previous.to(tl.float32) * tl.exp2(log_decay) + (value * scale)[:, None] * key[None, :]
-        tl.store(place, current.to(state.dtype.element_ty))
-        y = tl.sum(current * query[None, :], 1)
+    total += log_decay.to(tl.float64)
+    decay = tl.exp2(total.to(tl.float32))
+    factors = tl.exp2((total - sums).to(tl.float32)) * scales + tl.where(i == position, scale, 0.0)
+    y = tl.zeros([KEPT, TILES], tl.float32)
+    for k in tl.static_range(TILES):
+        y = tl.where(tile[None, :] == k, inner(previous[k], query)[:, None], y)
+    attention = factors * inner(keys, query)
+    y = y * decay + tl.sum(values.to(tl.float32) * attention[None, None, :], 2) + skip * value.to(tl.float32)
+    g = y * (z * sigmoid(z))
+    tl.store(squares + b * (NHEADS * BLOCKS) + tl.program_id(0), tl.sum(tl.sum(g * g, 1), 0))
+    tl.store(gated + b * INNER + first + p, (g * gain).to(gated.dtype.element_ty))
+    columns = tl.arange(0, N)
+    if position < KEPT - 1:
+        # What nobody reads in this launch.
+        tl.store(kept_x + position * INNER + p, value)
+        if tl.program_id(0) % BLOCKS == 0:
+            tl.store(kept_dt + position, scale)
+            tl.store(kept_sums + position, total)
+        if tl.program_id(0) % (BLOCKS * SHARING) == 0:
+            tl.store(kept_B + position * (GROUPS * N) + columns, tl.load(newest + columns))
     else:
-        total += log_decay.to(tl.float64)
-        factors = tl.exp2((total - sums).to(tl.float32)) * scales * tl.sum(keys.to(tl.float32) * query[None, :], 1)
-        y = tl.sum(previous.to(tl.float32) * query[None, :], 1) * tl.exp2(total.to(tl.float32))
-        y += tl.sum(values.to(tl.float32) * factors[:, None], 0) + value * (scale * tl.sum(key * query, 0))
-        if position < KEPT - 1:
-            # What nobody reads in this launch.
-            tl.store(kept_x + position * INNER + p, value.to(kept_x.dtype.element_ty))
-            if tl.program_id(0) % BLOCKS == 0:
-                tl.store(kept_dt + position, scale)
-                tl.store(kept_sums + position, total)
-            if tl.program_id(0) % (BLOCKS * SHARING) == 0:
-                tl.store(kept_B + position * (GROUPS * N) + n, key.to(kept_B.dtype.element_ty))
-        else:
-            # Once more, from a cache: the sum above need not keep it in registers.
-            current = tl.load(place).to(tl.float32) * tl.exp2(total.to(tl.float32))
-            current += (value * scale)[:, None] * key[None, :]
-            for token in range(KEPT - 1):
-                factor = tl.exp2((total - tl.load(kept_sums + token)).to(tl.float32)) * tl.load(kept_dt + token)
-                key = tl.load(kept_B + token * (GROUPS * N) + n).to(tl.float32)
-                current += (tl.load(kept_x + token * INNER + p).to(tl.float32) * factor)[:, None] * key[None, :]
-            tl.store(place, current.to(state.dtype.element_ty))
-    z = tl.load(here + p).to(tl.float32)
-    g = (y + tl.load(D + h) * value) * (z * sigmoid(z))
-    tl.store(squares + b * (NHEADS * BLOCKS) + tl.program_id(0), tl.sum(g * g, 0))
-    tl.store(gated + b * INNER + first + p, (g * tl.load(weight + first + p)).to(gated.dtype.element_ty))
+        # Once more, from a cache, and with few columns a thread, whose B is then multiplied with many rows.
+        for begin in range(0, P, KEPT):
+            lines = begin + i
+            wide = place + lines[:, None] * N + columns[None, :]
+            current = tl.load(wide).to(tl.float32) * decay
+            for token in range(KEPT):
+                last = token == KEPT - 1
+                factor = tl.sum(tl.where(i == token, factors, 0.0), 0)
+                key = tl.load(tl.where(last, newest, kept_B + token * (GROUPS * N)) + columns).to(tl.float32)
+                x = tl.load(tl.where(last, here + INNER, kept_x + token * INNER) + lines).to(tl.float32)
+                current += (x * factor)[:, None] * key[None, :]
+            tl.store(wide, current.to(state.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -243,7 +314,8 @@ def add_kernel(
         tl.store(normed + r * WIDTH + c, value.to(normed.dtype.element_ty), mask=live)
 
 
-_product, _state, _add = Launcher(product_kernel), Launcher(state_kernel), Launcher(add_kernel)
+_product, _state, _deferred = Launcher(product_kernel), Launcher(state_kernel), Launcher(deferred_kernel)
+_add = Launcher(add_kernel)
 
 
 def takes(layer: Parameters, sizes: Sizes, conv: Tensor, ssm: Tensor) -> bool:
@@ -307,7 +379,8 @@ def mix(u: Tensor, layer: Parameters, sizes: Sizes, conv: Tensor, ssm: Tensor, k
 def _state_tile(ssm: Tensor, kept: Kept | None) -> tuple[int, int, int | None]:
     """Rows of a head's state that a program has, its warps, and a thread's registers."""
     numbers, *limits = (STATE_TILES if kept is None else DEFERRED_TILES)[ssm.dtype]
-    return math.gcd(numbers // ssm.shape[3], ssm.shape[2]), *limits
+    least = 1 if kept is None else kept.dt.shape[2]
+    return math.gcd(max(numbers // ssm.shape[3], least), ssm.shape[2]), *limits
 
 
 def _step_state(
@@ -316,12 +389,12 @@ def _step_state(
 ) -> None:  # fmt: skip
     _, nheads, headdim, d_state = ssm.shape
     rows, *limits = _state_tile(ssm, kept)
-    slots, tokens = ((None,) * len(Kept._fields), 0) if kept is None else (kept, kept.dt.shape[2])
-    _state(
-        (nheads * headdim // rows, batch, 1),
-        (ssm, projected, layer.A_log, layer.dt_bias, layer.D, layer.norm_weight, gated, squares, *slots), (),
-        (nheads, sizes.ngroups, headdim, d_state, rows, tokens), *limits,
-    )  # fmt: skip
+    grid, shape = (nheads * headdim // rows, batch, 1), (nheads, sizes.ngroups, headdim, d_state, rows)
+    tensors = ssm, projected, layer.A_log, layer.dt_bias, layer.D, layer.norm_weight, gated, squares
+    if kept is None:
+        _state(grid, tensors, (), shape, *limits)
+    else:
+        _deferred(grid, (*tensors, *kept), (), (*shape, kept.dt.shape[2], min(d_state, LANES)), *limits)
 
 
 def _multiply(
@@ -332,7 +405,7 @@ def _multiply(
     taps = 0 if convolution[0] is None else convolution[0].shape[2] + 1
     tile = max(16, triton.next_power_of_2(batch)), WIDE, DEEP, parts, STAGES
     _product(
-        (-(-width // WIDE), parts, 1), (x, weight, out, *convolution), (batch,),
+        (-(-width // WIDE), parts, 1), (x, weight, out, *convolution), (batch, depth // parts),
         (width, depth, begin, channels, taps, *tile), WARPS,
     )  # fmt: skip
 

@@ -24,6 +24,7 @@ from dualscan.ops.decode.triton_fused import Deferred
 pytestmark = [] if CUDA else [pytest.mark.usefixtures("interpreter")]
 DTYPE = DTYPES[0]
 KEPT = 4
+SHIPPED = triton_fused.KEPT
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +116,9 @@ CASES = [
     ({"ngroups": 2}, 3, torch.float32),
     ({}, 1, torch.bfloat16),
     ({"ngroups": 2, "d_state": 256}, 1, torch.float32),  # several programs a head
+    ({"d_state": 64}, 1, torch.bfloat16),  # several tiles a program, and parts of their rows
     pytest.param({}, 1, torch.float32, marks=pytest.mark.slow),
+    pytest.param({"d_state": 32}, 32, torch.bfloat16, marks=pytest.mark.slow),
     pytest.param({"ngroups": 2}, 3, torch.bfloat16, marks=pytest.mark.slow),
     pytest.param({"headdim": 48, "d_inner": 144}, 2, torch.bfloat16, marks=pytest.mark.slow),
 ]
@@ -136,6 +139,18 @@ def test_equals_the_recurrence(sizes: dict[str, Any], batch: int, state_dtype: t
     for token in range(len(tokens)):
         before = got.states[token - 1] if token else ssm
         assert torch.equal(got.states[token], before) == (token not in written)
+
+
+@pytest.mark.parametrize("d_state", [16, 256])
+def test_as_many_tokens_as_in_use(d_state: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 256 columns a program has one tile; tests have other numbers of tokens to be fast."""
+    monkeypatch.setattr(triton_fused, "KEPT", SHIPPED)
+    layer = Layer(d_state=d_state, ngroups=2)
+    ssm, tokens = layer.state(1, torch.float32), layer.tokens(SHIPPED + 2, 1)
+    got, now, right = (run(layer, ssm, tokens, form) for form in ("deferred", "immediate", "exact"))
+    assert_close("y", got.outputs, right.outputs, dtype=DTYPE, yardstick=now.outputs)
+    exact, yardstick = right.states[SHIPPED - 1], now.states[SHIPPED - 1]
+    assert_close("ssm", got.states[-1], exact, dtype=torch.float32, yardstick=yardstick)
 
 
 def test_bfloat16_states_are_rounded_less_often() -> None:
