@@ -189,11 +189,11 @@ def state_kernel(
 
 
 @triton.jit
-def load_parts(place, PARTS: tl.constexpr, eviction: tl.constexpr = ""):
+def load_parts(place, PARTS: tl.constexpr, EVICTION: tl.constexpr):
     """Rows whose first columns are at `place` (rows, LANES), as PARTS tiles like that."""
     parts = ()
     for j in tl.static_range(PARTS):
-        parts = parts + (tl.load(place + j * place.shape[1], eviction_policy=eviction),)
+        parts = parts + (tl.load(place + j * place.shape[1], eviction_policy=EVICTION),)
     return parts
 
 
@@ -237,7 +237,7 @@ def deferred_kernel(
     for k in tl.static_range(TILES):
         previous = previous + (load_parts(place + (i[:, None] * TILES + k) * N + n, PARTS, "evict_first"),)
     # Copies for all rows: tiles of one row would be spread over the threads in another way.
-    query = load_parts(newest + GROUPS * N + i[:, None] * 0 + n, PARTS)
+    query = load_parts(newest + GROUPS * N + i[:, None] * 0 + n, PARTS, "")
     value, z, gain = tl.load(here + INNER + p), tl.load(here + p).to(tl.float32), tl.load(weight + first + p)
     tl.debug_barrier()  # Else the compiler has the state wait for the position.
     kept_x += b * (KEPT * INNER) + first
@@ -246,7 +246,7 @@ def deferred_kernel(
     kept_sums += (b * NHEADS + h) * KEPT
     # The newest token stands behind the others, and in all places that are free, whose factors are 0.
     before = i < position
-    keys = load_parts(tl.where(before, kept_B + i * (GROUPS * N), newest)[:, None] + n, PARTS)
+    keys = load_parts(tl.where(before, kept_B + i * (GROUPS * N), newest)[:, None] + n, PARTS, "")
     values = tl.load(tl.where(before, kept_x + i * INNER, here + INNER)[None, None, :] + p[:, :, None])
     scales = tl.load(kept_dt + i, mask=before, other=0.0)
     sums = tl.load(kept_sums + i, mask=before, other=0.0)
