@@ -106,7 +106,8 @@ def selective_scan(
     Note:
         `4 channels d_state` FLOPs a token beside the exponentials, and no matrix products: SSD does more arithmetic in
         less time. Memory beyond inputs and outputs is that of a block of tokens (forward), or one state in 16 to 64
-        tokens (backward). Low-precision inputs are computed in float32.
+        tokens (backward); the GPU's kernels keep one in 64 tokens until the backward. Low-precision inputs are computed
+        in float32.
     """
     op = OPERATOR.name
     validate.dimensions(op, "x", x, {"batch": None, "seqlen": None, "channels": None})

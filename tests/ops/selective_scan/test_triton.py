@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dualscan.ops import _dispatch, _triton
-from dualscan.ops.selective_scan import OPERATOR, STEP_OPERATOR, configs, library, selective_scan_step
+from dualscan.ops.selective_scan import OPERATOR, STEP_OPERATOR, configs, library, selective_scan, selective_scan_step
 from tests.ops.selective_scan.problems import CORNERS, scan_problem
 from tests.ops.selective_scan.test_boundary import arguments
 from tests.oracle import assert_close
-from tests.strategies import Problem, assert_matches, evaluate
+from tests.strategies import Problem, assert_matches, evaluate, packed
 
 FORWARD = torch.ops.dualscan.selective_scan_kernel_fwd.default
 BACKWARD = torch.ops.dualscan.selective_scan_kernel_bwd.default
@@ -54,10 +54,10 @@ for dtype in (torch.float16, torch.bfloat16)[: 1 + CUDA]:
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences in segments of one tile or whole; in the interpreter with few tokens a tile, for its time's sake."""
     rows = {} if CUDA else {"rows": 4}
+    if not CUDA:
+        monkeypatch.setattr(configs, "KEPT", 8)
     whole = getattr(request, "param", "split") == "whole"
     split = {"resident": 0.001} if whole else {"resident": 10**9, "least": 1}
-    if not CUDA:
-        monkeypatch.setattr("dualscan.ops.selective_scan.triton_scan.PART", 2)
     for name in ("FORWARD", "BACKWARD"):
         monkeypatch.setattr(configs, name, replace(getattr(configs, name), **rows, **split))
 
@@ -87,6 +87,18 @@ def test_corners(corner: str, dtype: torch.dtype) -> None:
     small = {"d_state": 3, "batch": 1, "seqlen": 9, "channels": 5}
     sizes = CORNERS[corner] if CUDA else {**small, **CORNERS[corner], **SMALL.get(corner, {})}
     compare(scan_problem(dtype=dtype, **sizes), dtype)
+
+
+@pytest.mark.parametrize(("rows", "warps"), [(4, 1), (8, 2)])
+def test_other_tiles(rows: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer tokens at a time are more states at a time."""
+    monkeypatch.setattr(configs, "KEPT", 16)
+    for name in ("FORWARD", "BACKWARD"):
+        tile = replace(getattr(configs, name), rows=rows, warps=warps, channels=32 * warps)
+        monkeypatch.setattr(configs, name, tile)
+    given = dict.fromkeys(("D", "z", "dt_bias", "states"), True)
+    compare(scan_problem(batch=1, seqlen=33, channels=4, d_state=3, **given), torch.float32)
+    compare(scan_problem(lengths=[17, 0, 15], channels=33, d_state=1, **given), torch.float32)
 
 
 @pytest.mark.parametrize("through", ["y", "final_states"])
@@ -145,9 +157,20 @@ def test_a_step(dtype: torch.dtype, ngroups: int | None) -> None:
 def test_opcheck(which: str) -> None:
     plain = [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in arguments(which, seqlen=3)]
     leaves = [t.clone().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in plain]
-    torch.library.opcheck(FORWARD, leaves)
-    y, states = FORWARD(*plain)
-    torch.library.opcheck(BACKWARD, [y, states, *plain])
+    for keep in (True, False):
+        torch.library.opcheck(FORWARD, [*leaves, keep])
+        y, states, kept = FORWARD(*plain, keep)
+        torch.library.opcheck(BACKWARD, [y, states, kept, *plain, keep])
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 0, 7]])
+def test_compiles_to_one_graph(lengths: list[int] | None) -> None:
+    torch._dynamo.reset()
+    problem = on_device(scan_problem(batch=1, seqlen=12, channels=3, d_state=2, lengths=lengths, D=True, z=True))
+    whole = torch.compile(partial(selective_scan, impl="triton"), fullgraph=True, backend="aot_eager")
+    result = evaluate(replace(problem, face=whole))
+    for name, expected in evaluate(problem, impl="triton").items():
+        assert torch.equal(result[name], expected), name
 
 
 def test_float64_is_refused() -> None:
@@ -161,6 +184,23 @@ def test_auto_takes_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     for capability, taken in (((9, 0), ["triton", "triton"]), ((7, 5), ["chunked", "recurrent"])):
         monkeypatch.setattr(_triton, "capability", lambda device, known=capability: known)
         assert [_dispatch.choose(operator, "auto", gpu) for operator in (OPERATOR, STEP_OPERATOR)] == taken
+
+
+def test_states_are_kept_for_a_gradient_only() -> None:
+    shapes = []
+    for requires in (False, True):
+        tensors = on_device(scan_problem(lengths=[9, 3], D=True)).tensors
+        x = tensors["x"].requires_grad_(requires)
+        result = selective_scan(**tensors | {"x": x}, cu_seqlens=packed([9, 3]).to(DEVICE), impl="triton")
+        shapes.append([t.shape for t in saved(result.y)])
+    assert not shapes[0]
+    assert configs.kept_states(x, tensors["A"], packed([9, 3])) in shapes[1]
+
+
+def saved(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the graph keeps of a call."""
+    node: Any = y.grad_fn
+    return () if node is None else tuple(t for t in node.saved_tensors if t is not None)
 
 
 @whole_and_split
