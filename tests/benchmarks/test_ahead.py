@@ -50,6 +50,7 @@ def call(length: int) -> None:
     assert not target.any()
 
 
+@pytest.mark.slow
 def test_every_process_compiles_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "MOST_PROCESSES", 2)
     monkeypatch.setattr(ahead.os, "cpu_count", lambda: 2)

@@ -23,6 +23,7 @@ def saved(job: str) -> list[dict]:
 TINY = ["--device", "cpu", "--tokens", "128", "--channels", "128", "--save"]
 
 
+@pytest.mark.slow
 def test_figure10(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figure10, "LENGTH", 64)
     monkeypatch.setattr(figure10, "BUDGET", 0.0)

@@ -168,7 +168,9 @@ def test_bench_outside_a_checkout_says_so(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_saves_and_says_how_to_resume(text, tmp_path, number, code):
     out = tmp_path / "r"
     arguments = ["train", *TINY, "--data", str(text), "--max-steps", "100000", "--out", str(out)]

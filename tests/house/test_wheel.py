@@ -80,6 +80,7 @@ def test_wheel_carries_the_licence(contents):
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in contents)
 
 
+@pytest.mark.slow
 def test_training_step_from_the_installed_wheel(wheel, tmp_path):
     """Trains in an environment of its own, outside the checkout.
 

@@ -205,6 +205,7 @@ def test_resize_token_embeddings(tied: bool, tmp_path: Path) -> None:
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, logits)
 
 
+@pytest.mark.slow
 def test_trainer_takes_a_step(tmp_path: Path) -> None:
     """One step of SGD in transformers' Trainer on a padded batch moves the weights by the gradient."""
     from transformers import Trainer, TrainingArguments
@@ -247,6 +248,7 @@ def test_lora(pattern: str) -> None:
     assert merged.generate(tokens, max_new_tokens=6, do_sample=False).tolist() == made.tolist()
 
 
+@pytest.mark.slow
 def test_adapters_of_a_peft_that_is_imported_late() -> None:
     script = """
 import dualscan

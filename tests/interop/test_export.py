@@ -34,7 +34,7 @@ def states(state: Any) -> list[Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(state) if t is not None]
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", [PATTERNS[0], *(pytest.param(p, marks=pytest.mark.slow) for p in PATTERNS[1:])])
 def test_programs_of_aten_operations(pattern: str, tmp_path: Path) -> None:
     """Saved, read again and run: prefill, then steps, against the model."""
     lm, tokens = model(pattern), torch.randint(61, (BATCH, SEQLEN + 3))
@@ -64,6 +64,7 @@ def test_sums_that_wait_for_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close("logits", program.module()(tokens)[0], lm(tokens, logits_to_keep=1).logits, dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_onnx(tmp_path: Path) -> None:
     """onnxruntime carries the state from prefill through steps, by the names of the tensors."""
     lm, tokens = model("mS"), torch.randint(61, (BATCH, SEQLEN + 3))

@@ -402,19 +402,10 @@ _scan, _combine, _gradient = Launcher(scan_kernel), Launcher(combine_kernel), La
 
 
 def forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_states: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dt_softplus: bool,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, initial_states: Tensor | None, cu_seqlens: Tensor | None, dt_softplus: bool,
     keep: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`y`, the final states, and to `keep` the states of `configs.kept_states`; the rest is as in `chunked.forward`."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with _triton.on_device(x):

@@ -153,6 +153,7 @@ def test_as_many_tokens_as_in_use(d_state: int, monkeypatch: pytest.MonkeyPatch)
     assert_close("ssm", got.states[-1], exact, dtype=torch.float32, yardstick=yardstick)
 
 
+@pytest.mark.slow
 def test_bfloat16_states_are_rounded_less_often() -> None:
     layer = Layer()
     ssm, tokens = layer.state(2, torch.bfloat16), layer.tokens(4 * KEPT, 2)
@@ -216,6 +217,7 @@ def steps(blocks: torch.nn.ModuleList, tokens: Tensor, states: Sequence[Any]) ->
     return torch.stack(rows), states
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_stack_of_all_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that are deferred between such as are not."""

@@ -125,7 +125,7 @@ def test_one_operator_equals_three(case: str, dtype: torch.dtype) -> None:
             assert_close(name, value, expected[name], dtype=dtype, **options)
 
 
-@pytest.mark.parametrize("case", ["plain", "packed, states"])
+@pytest.mark.parametrize("case", [pytest.param("plain", marks=pytest.mark.slow), "packed, states"])
 def test_what_is_not_kept_is_computed_again(case: str) -> None:
     options = dict(CASES[case])
     state, lengths = options.pop("state", False), options.pop("lengths", None)
@@ -148,7 +148,7 @@ def test_what_is_not_kept_is_computed_again(case: str) -> None:
     assert sizes[0] - sizes[1] == 4 * 2 * 20 * made.conv1d.in_channels
 
 
-@pytest.mark.parametrize("case", ["groups", "packed, states"])
+@pytest.mark.parametrize("case", ["groups", pytest.param("packed, states", marks=pytest.mark.slow)])
 def test_rows_of_the_projection_may_be_spaced(case: str) -> None:
     options = dict(CASES[case])
     state, lengths = options.pop("state", False), options.pop("lengths", None)

@@ -110,8 +110,8 @@ def test_backward_in_slices_of_heads(name: str, dtype: torch.dtype, monkeypatch:
     "problem",
     [
         partial(ssd_problem, D="scalar", dt_bias=True, states=True),
-        partial(ssd_problem, D="vector"),
-        partial(attention_problem, states=True),
+        pytest.param(partial(ssd_problem, D="vector"), marks=pytest.mark.slow),
+        pytest.param(partial(attention_problem, states=True), marks=pytest.mark.slow),
     ],
     ids=["shared", "vector D", "log-decay per token"],
 )
