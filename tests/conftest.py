@@ -24,10 +24,11 @@ _REAL_EMPTY = {name: getattr(torch, name) for name in ("empty", "empty_like", "e
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out `slow` unless it is asked for by `-m` or RUN_SLOW=1, and `cuda` where there is no GPU."""
+    """Leaves out what is slow here unless it is asked for by `-m` or RUN_SLOW=1, and `cuda` where there is no GPU."""
     run_slow = bool(config.getoption("-m")) or os.environ.get("RUN_SLOW") == "1"
+    slow = {"slow"} if torch.cuda.is_available() else {"slow", "slow_interpreted"}
     for item in items:
-        if item.get_closest_marker("slow") and not run_slow:
+        if not run_slow and any(mark.name in slow for mark in item.iter_markers()):
             item.add_marker(pytest.mark.skip(reason="slow: RUN_SLOW=1 runs it"))
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))

@@ -99,8 +99,8 @@ def timed(run: TrainStep, stream: Iterator[list[Batch]], steps: int) -> float:
 
 def free() -> None:
     """Gives memory back, so that what comes next does not split the blocks of what was."""
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -25,7 +25,6 @@ def saved(job: str) -> list[dict]:
     return json.loads((common.RESULTS / f"{job}-cpu.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
 def test_train_step(capsys):
     sizes = ["--models", "tiny", "--contexts", "32", "128", "--tokens", "64", "--rounds", "1", "--steps", "1"]
     variants = ["--variants", "plain", "activations", "block", "graph"]

@@ -225,7 +225,7 @@ def test_trainer_takes_a_step(tmp_path: Path) -> None:
         assert_close(name, p, expected[name], dtype=torch.float32)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS[:2])
+@pytest.mark.parametrize("pattern", [pytest.param(PATTERNS[0], marks=pytest.mark.slow), PATTERNS[1]])
 def test_lora(pattern: str) -> None:
     """Default targets; gradients reach the adapters alone; adapters compute what their merged weights compute."""
     import peft

@@ -61,7 +61,9 @@ def test_tiles_as_they_are(lengths: list[int] | None):
 
 
 @pytest.mark.parametrize("width", range(1, 9))
-@pytest.mark.parametrize("lengths", [None, [6, 1, 4]], ids=["batch", "packed"])
+@pytest.mark.parametrize(
+    "lengths", [pytest.param(None, marks=pytest.mark.slow_interpreted), [6, 1, 4]], ids=["batch", "packed"]
+)
 def test_every_width(width: int, lengths: list[int] | None):
     compare(problem(width=width, lengths=lengths, dtype=torch.float32))
 
@@ -92,7 +94,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("seqlen", [1, 9])
+@pytest.mark.parametrize("seqlen", [pytest.param(1, marks=pytest.mark.slow_interpreted), 9])
 def test_strides_do_not_matter(layout: Any, seqlen: int):
     p = on_device(problem(seqlen=seqlen, channels=16, dtype=torch.float32))
     p.tensors["x"] = layout(p.tensors["x"])

@@ -57,7 +57,9 @@ def test_float32_weights(corner: str, dtype: torch.dtype):
     compare(tensors, target, options, device=DEVICE, impl="triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow_interpreted)], ids=str
+)
 def test_many_slices(dtype: torch.dtype):
     """More tokens than a slice holds, of which one slice counts none; memory with gaps."""
     tensors, target, options = problem(shape=(2, 70), vocab=64, dtype=dtype)

@@ -106,7 +106,9 @@ def run(
     return results | {f"d{name}": g.cpu() for name, g in zip(leaves, grads, strict=True)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [DTYPES[0], *(pytest.param(d, marks=pytest.mark.slow_interpreted) for d in DTYPES[1:])], ids=str
+)
 @pytest.mark.parametrize("case", CASES)
 def test_one_operator_equals_three(case: str, dtype: torch.dtype) -> None:
     options = dict(CASES[case])
@@ -125,7 +127,7 @@ def test_one_operator_equals_three(case: str, dtype: torch.dtype) -> None:
             assert_close(name, value, expected[name], dtype=dtype, **options)
 
 
-@pytest.mark.parametrize("case", [pytest.param("plain", marks=pytest.mark.slow), "packed, states"])
+@pytest.mark.parametrize("case", [pytest.param("plain", marks=pytest.mark.slow_interpreted), "packed, states"])
 def test_what_is_not_kept_is_computed_again(case: str) -> None:
     options = dict(CASES[case])
     state, lengths = options.pop("state", False), options.pop("lengths", None)
@@ -148,7 +150,7 @@ def test_what_is_not_kept_is_computed_again(case: str) -> None:
     assert sizes[0] - sizes[1] == 4 * 2 * 20 * made.conv1d.in_channels
 
 
-@pytest.mark.parametrize("case", ["groups", pytest.param("packed, states", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["groups", pytest.param("packed, states", marks=pytest.mark.slow_interpreted)])
 def test_rows_of_the_projection_may_be_spaced(case: str) -> None:
     options = dict(CASES[case])
     state, lengths = options.pop("state", False), options.pop("lengths", None)

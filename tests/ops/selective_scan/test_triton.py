@@ -89,7 +89,7 @@ def test_corners(corner: str, dtype: torch.dtype) -> None:
     compare(scan_problem(dtype=dtype, **sizes), dtype)
 
 
-@pytest.mark.parametrize(("rows", "warps"), [pytest.param(4, 1, marks=pytest.mark.slow), (8, 2)])
+@pytest.mark.parametrize(("rows", "warps"), [pytest.param(4, 1, marks=pytest.mark.slow_interpreted), (8, 2)])
 def test_other_tiles(rows: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer tokens at a time are more states at a time."""
     monkeypatch.setattr(configs, "KEPT", 16)
@@ -153,7 +153,7 @@ def test_a_step(dtype: torch.dtype, ngroups: int | None) -> None:
         run(impl="triton", A=t["A"].clone().requires_grad_())
 
 
-@pytest.mark.parametrize("which", ["bare", pytest.param("packed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["bare", pytest.param("packed", marks=pytest.mark.slow_interpreted)])
 def test_opcheck(which: str) -> None:
     plain = [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in arguments(which, seqlen=3)]
     leaves = [t.clone().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in plain]

@@ -99,7 +99,15 @@ SLICED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(torch.float16, marks=pytest.mark.slow_interpreted),
+        *([torch.bfloat16] if CUDA else []),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", SLICED)
 def test_backward_in_slices_of_heads(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "_heads_at_once", lambda *_: 2)
@@ -110,8 +118,8 @@ def test_backward_in_slices_of_heads(name: str, dtype: torch.dtype, monkeypatch:
     "problem",
     [
         partial(ssd_problem, D="scalar", dt_bias=True, states=True),
-        pytest.param(partial(ssd_problem, D="vector"), marks=pytest.mark.slow),
-        pytest.param(partial(attention_problem, states=True), marks=pytest.mark.slow),
+        pytest.param(partial(ssd_problem, D="vector"), marks=pytest.mark.slow_interpreted),
+        pytest.param(partial(attention_problem, states=True), marks=pytest.mark.slow_interpreted),
     ],
     ids=["shared", "vector D", "log-decay per token"],
 )
