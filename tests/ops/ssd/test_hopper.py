@@ -146,9 +146,9 @@ def test_kept_states_are_rounded_once(hopper: list[str], monkeypatch: pytest.Mon
     length = 64 * EVERY
     problem = ssd_problem(dtype=BFLOAT16, **{**BASE, "seqlen": 4 * length, "nheads": 2})
     t = problem.tensors | {"dt": torch.full_like(problem.tensors["dt"], 0.5), "A": torch.tensor([-1.0, -8.0])}
-    arguments = [t[name] for name in ("x", "dt", "A", "B", "C")]
-    *_, kept = triton_scan.forward(*arguments, None, None, None, None, False, 0.0, float("inf"), True)
-    x, dt, A, B, _ = (a.double() for a in arguments)
+    x, dt, A, B, C = (t[name] for name in ("x", "dt", "A", "B", "C"))
+    *_, kept = triton_scan.forward(x, dt, A, B, C, None, None, None, None, False, 0.0, float("inf"), True)
+    x, dt, A, B = (a.double() for a in (x, dt, A, B))
     state = torch.zeros(2, 64, 64, dtype=torch.float64)
     for token in range(3 * length):
         state = (dt[0, token] * A).exp()[:, None, None] * state
