@@ -86,7 +86,6 @@ class Plan:
         sequences: (first segment, segments) each.
         chunks: (batch row, first token, end of the sequence) each.
         supers: super-chunks of several chunks: (batch row, first token, end of the sequence, first chunk) each.
-        segment: tokens a segment at most.
         split: whether some sequence may have several segments.
         ragged: whether the tables may hold more chunks than the sequences have; those are empty.
     """
@@ -97,7 +96,6 @@ class Plan:
     sequences: Tensor
     chunks: Tensor
     supers: Tensor
-    segment: int
     split: bool
     ragged: bool
 
@@ -127,7 +125,7 @@ def batch_plan(batch: int, seqlen: int, chunk: int, every: int, segment: int, de
     segment_tables = [part.reshape(-1, SEGMENT) for part in parts]
     piece_tables = (pieces(chunks, chunk)[:, :3], pieces(supers, chunk * every))
     tables = [t.to(device, torch.int32).contiguous() for t in (*segment_tables, sequences, *piece_tables)]
-    return Plan(*tables, segment=segment, split=segments > 1, ragged=False)
+    return Plan(*tables, split=segments > 1, ragged=False)
 
 
 def packed_plan(cu_seqlens: Tensor, seqlen: int, chunk: int, every: int, segment: int) -> Plan:
@@ -139,7 +137,7 @@ def packed_plan(cu_seqlens: Tensor, seqlen: int, chunk: int, every: int, segment
         make = triton_plan.packed_tables
     segments, sequences, chunks, supers = make(cu_seqlens, seqlen, chunk, every, segment)
     split = segments.shape[0] > sequences.shape[0]
-    return Plan(segments, segments, segments, sequences, chunks, supers, segment=segment, split=split, ragged=True)
+    return Plan(segments, segments, segments, sequences, chunks, supers, split=split, ragged=True)
 
 
 def packed_tables(
